@@ -1,0 +1,1 @@
+"""fastgpt: from raw text to a trained GPT."""

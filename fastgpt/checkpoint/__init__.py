@@ -1,0 +1,1 @@
+"""Checkpoints: atomic, hashed, independent of the layout that wrote them."""
