@@ -1,1 +1,17 @@
 """The GPT model."""
+
+from fastgpt_kernels import Ops
+
+from fastgpt.config import ModelConfig
+from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
+from fastgpt.model.init import initialise
+
+__all__ = ["GPT", "build_model", "flops_per_token", "parameter_count"]
+
+
+def build_model(config: ModelConfig, ops: Ops, *, seed: int = 0) -> GPT:
+    """A GPT with its initial values for this seed, on the default device; on the meta device, without values."""
+    model = GPT(config, ops)
+    if not model.token_embedding.weight.is_meta:
+        initialise(model, seed)
+    return model

@@ -1,0 +1,207 @@
+"""The command line: parse, load the settings, import the command that is asked for."""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastgpt.errors import UserError, did_you_mean
+
+COMMANDS = ("train", "prepare", "generate")
+
+EPILOG = """\
+examples:
+  fastgpt train configs/quickstart.yaml
+  fastgpt train configs/gpt2-124m.yaml out=runs/mine train.lr=3e-4
+  deepspeed --num_gpus 8 --module fastgpt train configs/gpt2-1558m.yaml
+  torchrun --nproc-per-node 8 -m fastgpt train configs/gpt2-1558m.yaml
+  fastgpt generate runs/quickstart --prompt 'def main'
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its mistakes as one line and with the nearest right command."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"argument command: invalid choice: '(.*)' \(choose", message)
+        near = did_you_mean(unknown[1], COMMANDS) if unknown else ""
+        raise UserError(f"{self.prog}: {message}.{near}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    top = _Parser(
+        prog="fastgpt",
+        description="Train GPT-class models, from raw text to a trained GPT.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # the `deepspeed` launcher gives it before the command; the environment says the same
+    top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = top.add_subparsers(dest="command", metavar="command", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="train a model, or go on training it")
+    train.add_argument("config", help="a YAML file of settings")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    train.add_argument("--resume", action="store_true", help="refuse to start anew where there is no checkpoint")
+
+    prepare = commands.add_parser("prepare", help="turn text into token shards")
+    prepare.add_argument("source", help=".txt, .jsonl or .jsonl.gz files, a folder of them, or 'stdlib'")
+    prepare.add_argument("out", help="the folder to write; it must not exist")
+    prepare.add_argument("--tokenizer", default="auto", help="a folder of tokenizer files; by default a BPE is trained")
+    prepare.add_argument("--vocab-size", type=int, default=50257, help="largest vocabulary (default: %(default)s)")
+    prepare.add_argument("--text-key", default="text", help="where a JSON line holds its text (default: %(default)s)")
+    prepare.add_argument(
+        "--validation-fraction", type=float, default=0.01, help="of the documents (default: %(default)s)"
+    )
+    prepare.add_argument(
+        "--seed", type=int, default=1337, help="decides which documents validate (default: %(default)s)"
+    )
+    prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
+
+    generate = commands.add_parser("generate", help="let a trained model write")
+    generate.add_argument("run", help="a run folder, a checkpoint, or a Hugging Face folder")
+    generate.add_argument("--prompt", default="", help="the text to go on from")
+    generate.add_argument("--max-tokens", type=int, default=200, help="tokens to write (default: %(default)s)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
+    )
+    generate.add_argument("--top-k", type=int, help="choose among the k likeliest tokens")
+    generate.add_argument("--top-p", type=float, help="choose among the likeliest tokens of this joint probability")
+    generate.add_argument(
+        "--seed", type=int, default=0, help="the same seed writes the same text (default: %(default)s)"
+    )
+    generate.add_argument("--samples", type=int, default=1, help="how many texts (default: %(default)s)")
+    generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    generate.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a mistake of the user's, 128 + n after signal n."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except UserError as problem:
+        _tell(problem)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has gone; nothing more can be said to them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(words: list[str]) -> int:
+    options = _parse(words)
+    if options.command is None:
+        parser().print_help()
+        return 2
+    _log_to_stderr()
+    return {"train": _train, "prepare": _prepare, "generate": _generate}[options.command](options)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    # options between the settings end argparse's list of them early: what is left over are settings too
+    options, rest = parser().parse_known_args(words)
+    wrong = [w for w in rest if w.startswith("-") or options.command != "train"]
+    if wrong:
+        raise UserError(f"fastgpt {options.command or ''}: {wrong[0]} is not an argument; see --help")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fastgpt.launch import Launch, engine_kind
+    from fastgpt.settings import load_config
+
+    config = load_config(options.config, options.overrides)
+    engine_kind(config, Launch.from_environment())
+
+    from fastgpt.train.command import run
+    from fastgpt.train.saver import Interrupted
+
+    try:
+        run(config, must_resume=options.resume)
+    except Interrupted as stop:
+        if _rank() == 0:
+            print(f"stopped by {stop}", file=sys.stderr)
+        return stop.exit_code
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from fastgpt.data.prepare import prepare
+
+    last = 0.0
+
+    def progress(documents: int, done: int, total: int | None) -> None:
+        nonlocal last
+        import time
+
+        if time.monotonic() - last >= 2:
+            last = time.monotonic()
+            share = f" ({done / total:.0%})" if total else ""
+            print(f"{documents:,} documents, {done / 1e6:.1f} MB{share}", flush=True)
+
+    manifest = prepare(
+        options.source,
+        options.out,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        text_key=options.text_key,
+        validation_fraction=options.validation_fraction,
+        seed=options.seed,
+        workers=options.workers,
+        progress=progress,
+    )
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from fastgpt.generate import generate_command
+
+    generate_command(
+        options.run,
+        prompt=options.prompt,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        samples=options.samples,
+        device=options.device,
+        backend=options.backend,
+    )
+    return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _log_to_stderr() -> None:
+    """Our own messages, from rank 0; other libraries' only from warnings up."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    level = logging.INFO if _rank() == 0 else logging.ERROR
+    for name in ("fastgpt", "fastgpt_kernels"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _tell(problem: UserError) -> None:
+    """One line on stderr; where every rank has the same to say, rank 0 says it."""
+    rank = _rank()
+    if rank == 0:
+        print(f"fastgpt: error: {problem}", file=sys.stderr)
+    elif "fastgpt.engine.ranks" in sys.modules:
+        from fastgpt.engine.ranks import SharedError
+
+        if not isinstance(problem, SharedError):
+            print(f"fastgpt: error on rank {rank}: {problem}", file=sys.stderr)

@@ -1,0 +1,63 @@
+"""What every engine does: updates from batches, losses for evaluation, logits for samples, state to and from disk."""
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastgpt.config import Config
+from fastgpt.data.source import Batch
+from fastgpt.engine.ranks import Ranks
+from fastgpt.model.seeds import fold
+
+DROPOUT = 1  # what the run's seed is folded with for dropout masks
+
+
+class Update(NamedTuple):
+    """One update of the weights."""
+
+    step: int  # counting from 1
+    loss: float  # mean over the global batch, nats per token
+    grad_norm: float  # global L2 norm before clipping; inf where the update was skipped
+    learning_rate: float
+    applied: bool  # False: gradients overflowed (fp16) or were not finite, the weights are as they were
+
+
+class Engine(Protocol):
+    """Turns batches into updates. Each method is collective: all ranks call it together."""
+
+    ranks: Ranks
+    step: int  # updates so far, skipped ones included
+
+    def update(self, batch: Batch) -> Update:
+        """One update from this rank's micro-batches."""
+
+    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
+        """Summed loss (nats) of this rank's batch, dropout off; targets of -100 do not count."""
+
+    def last_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) float32 on the CPU after the last of `tokens` (B, T), dropout off."""
+
+    def model_state(self) -> dict[str, Tensor] | None:
+        """The working weights by name, on rank 0's CPU; None elsewhere."""
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's part of the training state."""
+
+    def read(self, folder: Path) -> None:
+        """Take up a training state, whatever engine and world size wrote it."""
+
+
+def dropout_seed(config: Config, step: int, micro_batch: int) -> int:
+    """The seed of one micro-batch's masks: by its place in the run, not by the rank that computes it."""
+    return fold(config.train.seed, DROPOUT, step, micro_batch)
+
+
+def global_loss(ranks: Ranks, losses: list[Tensor]) -> float:
+    """Mean of the global batch's micro-batch losses, summed in the batch's order whatever the world size.
+
+    Rank r holds micro-batches r, r + W, r + 2W, ..., so the transposed table is the batch's order.
+    """
+    table = ranks.gather_floats(torch.stack([loss.detach().double() for loss in losses]))
+    return float(table.T.reshape(-1).mean())

@@ -1,0 +1,82 @@
+"""Which number format a run computes in, and the loss scale that fp16 needs."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from fastgpt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is this rank's GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: a GPU that is not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(name.partition(":")[2]) if ":" in name else local_rank
+    if index >= count:
+        available = f"cuda:0 to cuda:{count - 1}" if count else "cpu only"
+        raise UserError(f"engine.device: {name} asks for GPU {index}, and this machine has {available}")
+    return torch.device("cuda", index)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the device multiplies bf16 matrices in hardware, else fp32; the choice is logged.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("engine.precision: fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        reason = "the GPU computes in bf16" if fast else "the GPU has no bf16 units"
+    else:
+        fast = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        reason = "the CPU has AVX512-BF16 or AMX" if fast else "the CPU has neither AVX512-BF16 nor AMX"
+    precision = "bf16" if fast else "fp32"
+    log.info("engine.precision auto: %s, because %s", precision, reason)
+    return precision
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling: halve at an overflow, double after `window` updates without one.
+
+    The rule of "Mixed Precision Training" (Micikevicius et al., 2018), section 3.2; the constants are those that
+    DeepSpeed is given too, so that both engines scale alike.
+    """
+
+    scale: float = 2.0**16
+    clean: int = 0  # updates since the scale last changed
+    window: int = 1000
+    smallest: float = 1.0
+
+    def update(self, overflow: bool) -> None:
+        """Take note of one update.
+
+        Raises:
+            UserError: an overflow although the scale is as small as it may be.
+        """
+        if overflow:
+            if self.scale <= self.smallest:
+                raise UserError(
+                    "fp16 gradients overflow even unscaled: the run has diverged. "
+                    "Lower train.lr or use engine.precision=bf16"
+                )
+            self.scale = max(self.scale / 2, self.smallest)
+            self.clean = 0
+            return
+        self.clean += 1
+        if self.clean % self.window == 0:
+            self.scale *= 2

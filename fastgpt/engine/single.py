@@ -1,0 +1,134 @@
+"""One process, no DeepSpeed: the plain form of an update, which the other engine is held to."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgpt.config import Config
+from fastgpt.data.source import Batch
+from fastgpt.engine.base import Update, dropout_seed, global_loss
+from fastgpt.engine.optimizer import adamw, clip_gradients, set_learning_rate
+from fastgpt.engine.precision import DTYPES, LossScale
+from fastgpt.engine.ranks import Ranks
+from fastgpt.engine.schedule import learning_rate
+from fastgpt.engine.state import Fragment, Progress, check_parameters, read_state, restored_scale, write_state
+from fastgpt.model.gpt import GPT
+from fastgpt.model.heads import language_model_loss
+from fastgpt.model.init import initialise
+
+
+class SingleProcess:
+    """Weights in the run's precision, fp32 master weights and moments, gradients accumulated in fp32."""
+
+    def __init__(self, build: Callable[[], GPT], config: Config, precision: str, device: torch.device) -> None:
+        self.ranks = Ranks()
+        self.step = 0
+        self._config = config
+        self._device = device
+        self._model = build().to(DTYPES[precision]).to(device)
+        initialise(self._model, config.train.seed)
+        self._weights = dict(self._model.named_parameters())
+        self._low = precision != "fp32"
+        # the master starts from the rounded weight, as it does under DeepSpeed
+        self._masters = (
+            {name: p.detach().float().requires_grad_() for name, p in self._weights.items()}
+            if self._low
+            else self._weights
+        )
+        shapes = {name: p.shape for name, p in self._weights.items()}
+        self._optimizer = adamw(self._masters, shapes, config.train)
+        self._adam_step = 0
+        self._scale = LossScale() if precision == "fp16" else None
+
+    def update(self, batch: Batch) -> Update:
+        """One update from all micro-batches of the batch."""
+        self.step += 1
+        rate = learning_rate(self.step, self._config.train)
+        losses = [
+            self._accumulate(torch.from_numpy(tokens).to(self._device), index)
+            for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
+        ]
+        scale = self._scale.scale if self._scale else 1.0
+        gradients = [m.grad for m in self._masters.values() if m.grad is not None]
+        norm = clip_gradients(gradients, self._config.train.clip, scale)
+        applied = math.isfinite(norm)
+        if applied:
+            set_learning_rate(self._optimizer, rate)
+            self._optimizer.step()
+            self._adam_step += 1
+            if self._low:
+                self._round_masters()
+        if self._scale:
+            self._scale.update(overflow=not applied)
+        for master in self._masters.values():
+            master.grad = None
+        return Update(self.step, global_loss(self.ranks, losses), norm if applied else math.inf, rate, applied)
+
+    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
+        """Summed loss (nats) of a batch, dropout off."""
+        with torch.no_grad():
+            logits = self._evaluated(inputs.to(self._device))
+            return float(language_model_loss(logits, targets.to(self._device), reduction="sum"))
+
+    def last_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) float32 on the CPU after the last token."""
+        with torch.no_grad():
+            return self._evaluated(tokens.to(self._device), last_only=True).float().cpu()
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The working weights by name, on the CPU."""
+        return {name: p.detach().cpu() for name, p in self._weights.items()}
+
+    def write(self, folder: Path) -> None:
+        """Write masters and moments."""
+        scale = self._scale or LossScale()
+        progress = Progress(self.step, self._adam_step, scale.scale, scale.clean)
+        write_state(folder, 0, self._fragments(), self._optimizer, progress)
+
+    def read(self, folder: Path) -> None:
+        """Take up a training state, whatever engine and world size wrote it."""
+        check_parameters(folder, list(self._weights))
+        progress = read_state(folder, self._fragments(), self._optimizer)
+        self.step, self._adam_step = progress.step, progress.adam_step
+        if self._scale:
+            self._scale = restored_scale(progress)
+        if self._low:
+            self._round_masters()
+
+    def _accumulate(self, tokens: Tensor, micro_batch: int) -> Tensor:
+        """Add one micro-batch's gradient to the masters'; returns its mean loss. tokens (B, T + 1)."""
+        config = self._config
+        self._model.train()
+        logits = self._model(
+            tokens[:, :-1],
+            dropout_seed=dropout_seed(config, self.step, micro_batch),
+            checkpoint_activations=config.train.activation_checkpointing,
+        )
+        loss = language_model_loss(logits, tokens[:, 1:])
+        scale = self._scale.scale if self._scale else 1.0
+        (loss * (scale / config.micro_batches)).backward()  # type: ignore[no-untyped-call]
+        if self._low:
+            for weight, master in zip(self._weights.values(), self._masters.values(), strict=True):
+                if weight.grad is None:
+                    continue
+                if master.grad is None:
+                    master.grad = weight.grad.float()
+                else:
+                    master.grad.add_(weight.grad)
+                weight.grad = None
+        return loss.detach()
+
+    @torch.no_grad()
+    def _round_masters(self) -> None:
+        torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
+
+    def _fragments(self) -> list[Fragment]:
+        return [Fragment(name, 0, m.numel(), m, 0) for name, m in self._masters.items()]
+
+    def _evaluated(self, tokens: Tensor, *, last_only: bool = False) -> Tensor:
+        self._model.eval()
+        logits: Tensor = self._model(tokens, last_only=last_only)
+        return logits

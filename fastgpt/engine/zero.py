@@ -1,0 +1,185 @@
+"""DeepSpeed ZeRO, stages 0 to 3. The only file that imports deepspeed."""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.config import Config
+from fastgpt.data.source import Batch
+from fastgpt.engine.base import Update, dropout_seed, global_loss
+from fastgpt.engine.deepspeed_settings import deepspeed_settings
+from fastgpt.engine.layouts import PlainLayout, layout_of
+from fastgpt.engine.optimizer import adamw, clip_gradients, set_learning_rate
+from fastgpt.engine.precision import DTYPES, LossScale
+from fastgpt.engine.ranks import Ranks
+from fastgpt.engine.schedule import learning_rate
+from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
+from fastgpt.errors import UserError
+from fastgpt.model.gpt import GPT
+from fastgpt.model.heads import language_model_loss
+from fastgpt.model.init import initial_value, initialise
+
+log = logging.getLogger(__name__)
+
+
+class DeepSpeedZero:
+    """An update on every rank at once; the numerics of `SingleProcess`, summed in another order."""
+
+    def __init__(
+        self, build: Callable[[], GPT], config: Config, precision: str, device: torch.device, ranks: Ranks
+    ) -> None:
+        deepspeed = _import_deepspeed(device)
+        self.ranks = ranks
+        self.step = 0
+        self._config = config
+        self._device = device
+        self._precision = precision
+        self._stage = config.engine.zero_stage
+        self._gathered = deepspeed.zero.GatheredParameters
+        if self._stage == 0 and precision != "fp32":
+            log.warning(
+                "DeepSpeed's ZeRO stage 0 accumulates and reduces %s gradients in %s; "
+                "stages 1 to 3 do it in fp32, as the single engine does",
+                precision,
+                precision,
+            )
+        settings = deepspeed_settings(config, precision, ranks.world_size)
+        self._model = self._build(build, deepspeed, settings)
+        self._weights = dict(self._model.named_parameters())
+        self._adam_step = 0
+        optimizer = adamw(self._weights, {name: _shape(p) for name, p in self._weights.items()}, config.train)
+        self._engine, *_ = deepspeed.initialize(
+            model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self._layout = layout_of(self._engine.optimizer, self._stage, self._weights, ranks)
+
+    def update(self, batch: Batch) -> Update:
+        """One update from this rank's micro-batches."""
+        self.step += 1
+        rate = learning_rate(self.step, self._config.train)
+        set_learning_rate(self._layout.optimizer, rate)
+        skipped, norm = self._engine.skipped_steps, math.nan
+        losses = []
+        self._engine.train()
+        for position, (tokens, index) in enumerate(zip(batch.tokens, batch.micro_batches, strict=True)):
+            loss = self._loss(torch.from_numpy(tokens).to(self._device), index)
+            self._engine.backward(loss)
+            if position == len(batch.tokens) - 1 and isinstance(self._layout, PlainLayout):
+                norm = self._clip()
+            self._engine.step()
+            losses.append(loss.detach())
+        if isinstance(self._layout, PlainLayout):
+            applied = math.isfinite(norm)
+        else:
+            applied = self._engine.skipped_steps == skipped
+            norm = float(self._engine.get_global_grad_norm())
+        self._adam_step += applied
+        return Update(self.step, global_loss(self.ranks, losses), norm if applied else math.inf, rate, applied)
+
+    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
+        """Summed loss (nats) of this rank's batch, dropout off."""
+        with torch.no_grad():
+            logits = self._evaluated(inputs.to(self._device))
+            return float(language_model_loss(logits, targets.to(self._device), reduction="sum"))
+
+    def last_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) float32 on the CPU after the last token."""
+        with torch.no_grad():
+            return self._evaluated(tokens.to(self._device), last_only=True).float().cpu()
+
+    def model_state(self) -> dict[str, Tensor] | None:
+        """The working weights by name on rank 0's CPU, gathered one at a time."""
+        state = {}
+        for name, parameter in self._weights.items():
+            with self._gathered([parameter], enabled=self._stage == 3):
+                if self.ranks.rank == 0:
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        return state if self.ranks.rank == 0 else None
+
+    def write(self, folder: Path) -> None:
+        """Write the fp32 pieces that this rank owns."""
+        scale = self._layout.loss_scale() if self._precision == "fp16" else LossScale()
+        progress = Progress(self.step, self._adam_step, scale.scale, scale.clean)
+        fragments = list(self._layout.fragments())
+        write_state(folder, self.ranks.rank, fragments, self._layout.optimizer, progress)
+
+    def read(self, folder: Path) -> None:
+        """Take up a training state, whatever engine and world size wrote it."""
+        check_parameters(folder, list(self._weights))
+        progress = read_state(folder, list(self._layout.fragments()), self._layout.optimizer)
+        self.step, self._adam_step = progress.step, progress.adam_step
+        if self._precision == "fp16":
+            self._layout.set_loss_scale(restored_scale(progress))
+        self._layout.refresh_weights()
+
+    def _build(self, build: Callable[[], GPT], deepspeed: Any, settings: dict[str, Any]) -> GPT:
+        """The model with its initial values, at stage 3 sharded as each module is made."""
+        seed = self._config.train.seed
+        if self._stage < 3:
+            model = build().to(DTYPES[self._precision]).to(self._device)
+            initialise(model, seed)
+            return model
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = build()
+        for name, parameter in model.named_parameters():
+            with self._gathered([parameter], modifier_rank=0), torch.no_grad():
+                if self.ranks.rank == 0:
+                    parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))
+        return model
+
+    def _loss(self, tokens: Tensor, micro_batch: int) -> Tensor:
+        """Mean loss of one micro-batch, tokens (B, T + 1)."""
+        logits = self._engine(
+            tokens[:, :-1],
+            dropout_seed=dropout_seed(self._config, self.step, micro_batch),
+            checkpoint_activations=self._config.train.activation_checkpointing,
+        )
+        return language_model_loss(logits, tokens[:, 1:])
+
+    def _clip(self) -> float:
+        """Clip the reduced gradients where DeepSpeed does not; gradients that are not finite are dropped."""
+        gradients = [p.grad for p in self._weights.values() if p.grad is not None]
+        norm = clip_gradients(gradients, self._config.train.clip)
+        if not math.isfinite(norm):
+            # AdamW passes over weights without a gradient, so that the update is skipped whole
+            for parameter in self._weights.values():
+                parameter.grad = None
+        return norm
+
+    def _evaluated(self, tokens: Tensor, *, last_only: bool = False) -> Tensor:
+        self._engine.eval()
+        logits: Tensor = self._engine(tokens, last_only=last_only)
+        return logits
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    """The whole shape, also of a parameter that ZeRO-3 has sharded."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, and told which accelerator it is on.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has renamed: nothing that a user could change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    try:
+        import deepspeed
+    except ImportError as problem:
+        raise UserError(
+            f"engine.kind: deepspeed cannot be used: {problem}. Install it (pip install 'deepspeed>=0.19.8'), "
+            "or start without a launcher and with engine.kind=single"
+        ) from None
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed

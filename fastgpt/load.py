@@ -1,0 +1,208 @@
+"""Models in folders: ours (model.safetensors, config.json, tokenizer files), a run's, and Hugging Face's."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastgpt_kernels import Backend, Ops, UnsupportedInput, load_ops
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastgpt.checkpoint.files import sha256
+from fastgpt.checkpoint.manifest import NAME as MANIFEST
+from fastgpt.checkpoint.manifest import read_manifest
+from fastgpt.checkpoint.store import LATEST
+from fastgpt.config import ModelConfig
+from fastgpt.engine.precision import resolve_device
+from fastgpt.errors import UserError, did_you_mean
+from fastgpt.model.convert import ARCHITECTURES, from_hugging_face
+from fastgpt.model.gpt import GPT
+from fastgpt.model.state import model_from_state
+from fastgpt.tokenizer import Tokenizer, load_tokenizer
+from fastgpt.tokenizer.files import PAIRS, read_json
+
+log = logging.getLogger(__name__)
+
+MODEL_TYPE = "fastgpt"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def save_model(
+    folder: str | PathLike[str], state: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer | None
+) -> None:
+    """Write a model as `load_model` reads it, each tensor in its own dtype."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    settings = {"model_type": MODEL_TYPE, **config.model_dump()}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def load_model(
+    folder: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    backend: Backend = "auto",
+    dtype: torch.dtype | None = None,
+) -> tuple[GPT, Tokenizer | None]:
+    """Read a trained model, in eval mode, and its tokenizer.
+
+    Args:
+        folder: a run folder (its newest checkpoint), a checkpoint, a folder that `save_model` wrote, or a Hugging Face
+            folder of a GPT-2 or OpenAI GPT with safetensors.
+        device: "cpu", "cuda", "cuda:N", or "auto" for the GPU where there is one.
+        backend: which kernels the model runs on, as for `load_ops`; "auto" on the CPU is "torch".
+        dtype: converts the weights; None keeps the dtype of the file.
+
+    Returns:
+        The model, and the tokenizer or None where the folder has none that fastgpt reads.
+
+    Raises:
+        UserError: something is missing, damaged or not supported; the message names the file and the key.
+    """
+    place = _device(str(device))
+    ops = _ops(backend, place)
+    folder = _model_folder(Path(folder))
+    settings = read_json(folder / "config.json")
+    kind = settings.get("model_type")
+    if kind not in (MODEL_TYPE, *ARCHITECTURES):
+        known = (MODEL_TYPE, *ARCHITECTURES)
+        near = did_you_mean(kind, known) if isinstance(kind, str) else ""
+        raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}; known: {', '.join(known)}.{near}")
+    state = _read_tensors(folder, place, dtype)
+    if kind == MODEL_TYPE:
+        model = model_from_state(_our_config(settings, folder), ops, state, where=str(folder / WEIGHTS))
+    else:
+        model = from_hugging_face(state, settings, ops, where=str(folder))
+    tokenizer = _tokenizer(folder, kind)
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return model.eval(), tokenizer
+
+
+def _device(name: str) -> torch.device:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UserError(f"device: {name!r} is not known; allowed: auto, cpu, cuda, cuda:N")
+    return resolve_device(name)
+
+
+def _ops(backend: Backend, device: torch.device) -> Ops:
+    # "auto" looks at the machine, not at where this model goes
+    if backend == "auto" and device.type == "cpu":
+        backend = "torch"
+    try:
+        return load_ops(backend)
+    except UnsupportedInput as problem:
+        raise UserError(f"backend: {' '.join(str(problem).split())}") from None
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder of the model itself, for any of the folders that contain one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a run, a checkpoint, or a folder with {WEIGHTS}")
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "checkpoints").is_dir():
+        folder = _newest_checkpoint(folder / "checkpoints")
+    if (folder / MANIFEST).is_file():
+        _verify_model(folder)
+    if (folder / "model").is_dir():
+        return folder / "model"
+    raise UserError(f"{folder}: neither a run, nor a checkpoint, nor a model: it has no config.json")
+
+
+def _newest_checkpoint(checkpoints: Path) -> Path:
+    """What `latest` names, or, where it is missing or damaged, the newest checkpoint that was committed."""
+    committed = sorted(path.parent for path in checkpoints.glob(f"step-*/{MANIFEST}"))
+    if not committed:
+        raise UserError(f"{checkpoints}: no checkpoint yet; `fastgpt train` writes one every train.save_every updates")
+    latest = checkpoints / LATEST
+    name = latest.read_bytes().decode("utf-8", errors="replace").strip() if latest.is_file() else ""
+    named = next((path for path in committed if path.name == name), None)
+    if named is None:
+        log.warning("%s names no whole checkpoint; taking the newest, %s", latest, committed[-1].name)
+    return named or committed[-1]
+
+
+def _verify_model(checkpoint: Path) -> None:
+    """Compare the model's files, not the much larger training state, with the checkpoint's manifest."""
+    for name, facts in read_manifest(checkpoint).files.items():
+        path = checkpoint / name
+        if path.parent != checkpoint / "model":
+            continue
+        if not path.is_file():
+            raise UserError(f"{path}: missing")
+        if sha256(path) != facts["sha256"]:
+            raise UserError(f"{path}: its content does not match its SHA-256; try an older checkpoint of the run")
+
+
+def _our_config(settings: dict[str, Any], folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    fields = {key: value for key, value in settings.items() if key != "model_type"}
+    try:
+        return ModelConfig(**fields)
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        key = ".".join(map(str, error["loc"])) or "n_embd"
+        near = did_you_mean(key, ModelConfig.model_fields) if error["type"] == "extra_forbidden" else ""
+        raise UserError(f"{path}: {key}: {error['msg']}.{near}") from None
+
+
+def _read_tensors(folder: Path, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    tensors = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    tensor = file.get_tensor(name)
+                    tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        except (SafetensorError, OSError) as problem:
+            raise UserError(f"{path}: not a whole safetensors file: {problem}") from None
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        if any((folder / name).is_file() for name in PICKLES):
+            raise UserError(
+                f"{folder}: {PICKLES[0]} is pickle, which can run code and is not read; convert it to {WEIGHTS}"
+            )
+        raise UserError(f"{folder}: no {WEIGHTS}")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index}: weight_map must give each tensor the name of a file")
+    names = sorted(set(places.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index}: {name!r} is not the name of a file beside it")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing; {INDEX} names it")
+    return [folder / name for name in names]
+
+
+def _tokenizer(folder: Path, kind: str) -> Tokenizer | None:
+    files = ("tokenizer.json", *(name for pair in PAIRS for name in pair))
+    if not any((folder / name).is_file() for name in files):
+        return None
+    if kind == "openai-gpt":
+        log.warning("%s: GPT-1's tokenizer is not read; the model comes without one", folder)
+        return None
+    return load_tokenizer(folder)

@@ -1,0 +1,48 @@
+"""Initial values: a function of a parameter's name and of the seed, whatever the sharding or the order of building."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgpt.config import ModelConfig
+from fastgpt.model.gpt import GPT
+from fastgpt.model.seeds import fold
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """The initial value of the parameter called `name`: float32, on the CPU, wherever the default device is.
+
+    Biases are 0, the gains of normalisation 1, matrices and tables normal with mean 0 and standard deviation 0.02
+    (Radford et al. 2018, section 4.1). The GPT-2 form has 0.01 for positions, as OpenAI's code, and divides the
+    matrices that write to the residual stream by the square root of their number, 2 per layer (Radford et al. 2019,
+    section 2.3).
+    """
+    module, kind = name.split(".")[-2:]
+    if kind == "bias":
+        return torch.zeros(shape, device="cpu", dtype=torch.float32)
+    if "norm" in module:
+        return torch.ones(shape, device="cpu", dtype=torch.float32)
+    std = 0.02
+    if config.norm == "pre":
+        if module == "position_embedding":
+            std = 0.01
+        elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+            std /= math.sqrt(2 * config.n_layer)
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    generator = torch.Generator().manual_seed(fold(seed, digest))
+    return torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: GPT, seed: int) -> None:
+    """Give every parameter its initial value, in place, rounded to the parameter's dtype."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))
+
+
+def decays(shape: Sequence[int]) -> bool:
+    """Whether weight decay acts on a parameter of this shape: on matrices and tables, not on biases and gains."""
+    return len(shape) > 1

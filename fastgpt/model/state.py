@@ -1,0 +1,43 @@
+"""A model around tensors that are already there."""
+
+from collections.abc import Mapping
+
+import torch
+from fastgpt_kernels import Ops
+from torch import Tensor
+
+from fastgpt.config import ModelConfig
+from fastgpt.errors import UserError
+from fastgpt.model.gpt import GPT
+
+
+def model_from_state(config: ModelConfig, ops: Ops, state: Mapping[str, Tensor], *, where: str = "state") -> GPT:
+    """A GPT whose parameters are the tensors of `state`, without a copy and in their own dtype.
+
+    Args:
+        config: the model's shape.
+        ops: its operations.
+        state: parameter name -> tensor, all of one floating-point dtype and on one device.
+        where: the origin of the tensors, for errors.
+
+    Raises:
+        UserError: a tensor is missing, not the model's, or of a wrong shape or dtype.
+    """
+    with torch.device("meta"):
+        model = GPT(config, ops)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if missing := [name for name in shapes if name not in state]:
+        raise UserError(f"{where}: {missing[0]} is missing ({len(missing)} of {len(shapes)} tensors are)")
+    if extra := sorted(set(state) - set(shapes)):
+        raise UserError(f"{where}: {extra[0]} belongs to no parameter of this model ({len(extra)} such tensors)")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(
+                f"{where}: {name} has shape {tuple(state[name].shape)}; the model's config asks for {shape}"
+            )
+        if not state[name].is_floating_point():
+            raise UserError(f"{where}: {name} is {state[name].dtype}; weights are floating-point numbers")
+    if len(dtypes := {str(tensor.dtype) for tensor in state.values()}) > 1:
+        raise UserError(f"{where}: its tensors mix {' and '.join(sorted(dtypes))}; choose one with the argument dtype")
+    model.load_state_dict(dict(state), assign=True)
+    return model

@@ -1,0 +1,240 @@
+"""`fastgpt train`: from settings to a finished run."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from fastgpt_kernels import UnsupportedInput, load_ops
+
+from fastgpt.checkpoint.store import Checkpoint, CheckpointStore
+from fastgpt.config import Config
+from fastgpt.data.prefetch import prefetch
+from fastgpt.data.shards import TokenShards
+from fastgpt.data.source import ShardSource
+from fastgpt.engine.base import Engine
+from fastgpt.engine.precision import resolve_device, resolve_precision
+from fastgpt.engine.prepare import prepare
+from fastgpt.engine.ranks import Ranks, join, leave
+from fastgpt.errors import UserError
+from fastgpt.launch import ALONE, Launch, engine_kind
+from fastgpt.load import save_model
+from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
+from fastgpt.model.seeds import fold
+from fastgpt.train.corpus import prepare_corpus
+from fastgpt.train.display import Reporter, display_for
+from fastgpt.train.evaluation import Evaluation
+from fastgpt.train.folder import Plan, keep_resolved, plan, save_config
+from fastgpt.train.hardware import peak_flops
+from fastgpt.train.loop import train
+from fastgpt.train.recorder import Recorder
+from fastgpt.train.saver import Saver
+from fastgpt.train.summary import summarise
+from fastgpt.train.watchers import Guard, Watcher
+
+log = logging.getLogger(__name__)
+
+ORDER = 3  # what the run's seed is folded with for the order of the data
+
+
+def run(config: Config, *, must_resume: bool = False) -> Path:
+    """Train, or go on training, as the settings say; every rank calls this.
+
+    Args:
+        config: the settings.
+        must_resume: refuse to start anew.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: something that the user can mend.
+        Interrupted: a signal ended the run; its checkpoint is written.
+    """
+    launch = Launch.from_environment()
+    kind = engine_kind(config, launch)
+    launch = launch or ALONE
+    device = resolve_device(config.engine.device, launch.local_rank)
+    ranks = join(launch, device, config.engine.timeout_minutes) if kind == "deepspeed" else Ranks()
+    try:
+        return _Run(config, kind, device, ranks, must_resume=must_resume).go()
+    except UnsupportedInput as problem:
+        raise UserError(f"kernels.backend: {problem}") from problem
+    finally:
+        leave()
+
+
+class _Run:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        kind: Literal["single", "deepspeed"],
+        device: torch.device,
+        ranks: Ranks,
+        *,
+        must_resume: bool,
+    ) -> None:
+        self.ranks = ranks
+        self.kind = kind
+        self.device = device
+        self.display = display_for(ranks.rank)
+        self.plan: Plan = _plan(ranks, config, must_resume=must_resume)
+        self.config = self._resolved(config)
+
+    def go(self) -> Path:
+        """Train to the end."""
+        folder = self.plan.folder
+        if self.plan.finished:
+            self.display.print(f"{folder}: finished at step {self.config.train.steps}; nothing to do")
+            return folder
+        for change in self.plan.changes:
+            log.info("%s: %s", folder, change)
+        if folder != Path(self.config.out):
+            log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
+
+        prepared, fingerprint = prepare_corpus(self.config, self.ranks, self.display)
+        training = TokenShards.open(prepared, "train", verify=False)
+        validation = TokenShards.open(prepared, "validation", verify=False)
+        store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
+        checkpoint = self._checkpoint(store)
+        if checkpoint and checkpoint.state["data"] != fingerprint:
+            raise UserError(
+                f"data.path: {self.config.data.path} no longer holds what the run in {folder} was trained on; "
+                "restore it, or choose another 'out'"
+            )
+
+        engine = self._engine()
+        if checkpoint:
+            engine.read(checkpoint.folder)
+            log.info("going on from %s", checkpoint.folder)
+        if self.ranks.rank == 0:
+            save_config(folder, self.config)
+        return self._train(engine, training, validation, store, checkpoint, fingerprint)
+
+    def _train(
+        self,
+        engine: Engine,
+        training: TokenShards,
+        validation: TokenShards,
+        store: CheckpointStore,
+        checkpoint: Checkpoint | None,
+        fingerprint: str,
+    ) -> Path:
+        config, folder, first = self.config, self.plan.folder, self.ranks.rank == 0
+        tokenizer = training.tokenizer()
+        resume_step = checkpoint.step if checkpoint else None
+        recorder = Recorder(folder if first else None, resume_step=resume_step)
+        evaluation = Evaluation(engine, validation, tokenizer, config, record=recorder.write, show=self.display.print)
+
+        def write_model(target: Path) -> None:
+            weights = engine.model_state()
+            if weights is not None:
+                save_model(target, weights, config.model, tokenizer)
+
+        saver = Saver(
+            engine,
+            store,
+            steps=config.train.steps,
+            every=config.train.save_every,
+            state={"data": fingerprint, "world_size": self.ranks.world_size, "config": config.model_dump()},
+            save_model=write_model,
+            before=recorder.sync,
+        )
+        peak = peak_flops(self.device)
+        flops = flops_per_token(config.model)
+        reporter = Reporter(self.display, config.train.steps, flops, peak and peak * self.ranks.world_size)
+        watchers: Sequence[Watcher] = (Guard(), recorder, reporter, evaluation, saver)
+        source = ShardSource(
+            training,
+            config.model.context,
+            config.train.micro_batch_size,
+            config.micro_batches,
+            fold(config.train.seed, ORDER),
+            self.ranks.rank,
+            self.ranks.world_size,
+        )
+        try:
+            with saver.signals(), prefetch(source.batches(engine.step)) as batches:
+                train(
+                    engine,
+                    batches,
+                    steps=config.train.steps,
+                    batch_tokens=config.train.batch_tokens,
+                    watchers=watchers,
+                )
+        finally:
+            self.display.stop()
+            recorder.close()
+        if first:
+            summarise(folder, validation, self.display)
+        self.ranks.barrier()
+        return folder
+
+    def _resolved(self, config: Config) -> Config:
+        """The settings with nothing left on `auto` that decides the numbers."""
+        if self.plan.saved:
+            config = keep_resolved(config, self.plan.saved)
+        backend = load_ops(config.kernels.backend).name
+        precision = resolve_precision(config.engine.precision, self.device)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = max(1, cores // self.ranks.local_world_size)
+        threads = config.engine.threads or share
+        if self.plan.saved and threads > share:
+            # the run was started with fewer ranks on a host; keeping its threads would crowd the cores
+            threads = share
+        torch.set_num_threads(threads)
+        tree = config.model_dump()
+        tree["kernels"]["backend"] = backend
+        tree["engine"] |= {"precision": precision, "threads": threads}
+        return Config.model_validate(tree)
+
+    def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
+        """The checkpoint to go on from: rank 0 looks and hashes, the others follow."""
+        if not self.plan.resume:
+            return None
+        found: list[Any] | None = self.ranks.on_first(lambda: _named(store.latest()))
+        if found is None:
+            return None
+        name, step, state = found
+        return Checkpoint(store.folder / name, step, state)
+
+    def _engine(self) -> Engine:
+        config = self.config
+        ops = load_ops(config.kernels.backend)
+        engine = prepare(
+            lambda: GPT(config.model, ops),
+            config,
+            kind=self.kind,
+            precision=config.engine.precision,
+            device=self.device,
+            ranks=self.ranks,
+        )
+        stage = f" ZeRO-{config.engine.zero_stage}" if self.kind == "deepspeed" else ""
+        log.info(
+            "%s parameters, %s engine%s on %d x %s, %s, %s kernels, %d threads a rank",
+            f"{parameter_count(config.model):,}",
+            self.kind,
+            stage,
+            self.ranks.world_size,
+            self.device,
+            config.engine.precision,
+            config.kernels.backend,
+            config.engine.threads,
+        )
+        return engine
+
+
+def _plan(ranks: Ranks, config: Config, *, must_resume: bool) -> Plan:
+    """The plan, made by every rank from the same files before any of them is written to."""
+    ranks.on_first(lambda: bool(plan(config, must_resume=must_resume)))
+    decision = plan(config, must_resume=must_resume)
+    ranks.barrier()
+    return decision
+
+
+def _named(checkpoint: Checkpoint | None) -> list[Any] | None:
+    return [checkpoint.folder.name, checkpoint.step, checkpoint.state] if checkpoint else None

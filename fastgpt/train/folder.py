@@ -1,0 +1,108 @@
+"""The run folder: which one a command works in, and what it goes on from.
+
+config.yaml   metrics.jsonl   tensorboard/   checkpoints/   summary.json
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from fastgpt.checkpoint.files import write_atomically
+from fastgpt.checkpoint.store import CheckpointStore
+from fastgpt.config import Config, flatten
+from fastgpt.errors import UserError
+from fastgpt.settings import dump_config, load_config
+
+# What `auto` came to is kept at a resume, for those settings that decide the numbers.
+RESOLVED = {"engine.precision": "auto", "kernels.backend": "auto", "engine.threads": None}
+# A run with another value of these is another run: its weights or its data order would not fit.
+_FIXED = (
+    "model.n_layer",
+    "model.n_head",
+    "model.n_embd",
+    "model.context",
+    "model.vocab_size",
+    "model.norm",
+    "train.seed",
+    "train.batch_tokens",
+)
+
+
+class Plan(NamedTuple):
+    """What a `train` command is to do."""
+
+    folder: Path
+    resume: bool  # go on from the newest checkpoint
+    finished: bool  # this very run is done: nothing to do
+    changes: tuple[str, ...]  # settings that differ from those the run was started with, in words
+    saved: Config | None  # the settings the run was started with
+
+
+def plan(config: Config, *, must_resume: bool = False) -> Plan:
+    """Decide where a run's command works.
+
+    The folder is `out`; where that holds another run that is already past `train.steps`, the first of `out-2`, `out-3`
+    and so on that does not, so that nothing is overwritten and the same command always finds its own run again.
+
+    Raises:
+        UserError: the run in the folder cannot go on with these settings, or `must_resume` and there is none.
+    """
+    base = Path(config.out)
+    number = 1
+    while True:
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        step = CheckpointStore(folder / "checkpoints").newest_step()
+        saved = _saved(folder) if step else None
+        if saved is None:
+            if must_resume:
+                raise UserError(f"{folder}: --resume was given, but there is no checkpoint in it to go on from")
+            return Plan(folder, resume=False, finished=False, changes=(), saved=None)
+        changed = _changes(saved, config)
+        if step < config.train.steps:
+            _refuse_another_run(folder, step, changed)
+            words = tuple(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+            return Plan(folder, resume=True, finished=False, changes=words, saved=saved)
+        if not changed:
+            return Plan(folder, resume=False, finished=True, changes=(), saved=saved)
+        number += 1
+
+
+def keep_resolved(config: Config, saved: Config) -> Config:
+    """Settings left on `auto` take what they came to when the run was started."""
+    old, tree = flatten(saved.model_dump()), config.model_dump()
+    for key, automatic in RESOLVED.items():
+        section, name = key.split(".")
+        if tree[section][name] == automatic:
+            tree[section][name] = old[key]
+    return Config.model_validate(tree)
+
+
+def save_config(folder: Path, config: Config) -> None:
+    """Write the settings, with what `auto` came to, into the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", dump_config(config))
+
+
+def _saved(folder: Path) -> Config | None:
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{path}: missing, although the folder holds checkpoints; restore it or choose another 'out'")
+    return load_config(path)
+
+
+def _changes(saved: Config, config: Config) -> dict[str, tuple[object, object]]:
+    """Settings whose values differ; `auto` agrees with whatever it came to, and where `out` lies does not matter."""
+    old, new = flatten(saved.model_dump()), flatten(config.model_dump())
+    return {
+        key: (old[key], value)
+        for key, value in new.items()
+        if key != "out" and old[key] != value and not (key in RESOLVED and value == RESOLVED[key])
+    }
+
+
+def _refuse_another_run(folder: Path, step: int, changed: dict[str, tuple[object, object]]) -> None:
+    fixed = [f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in _FIXED if key in changed]
+    if fixed:
+        raise UserError(
+            f"{folder}: holds a run at step {step} that cannot go on with these settings ({'; '.join(fixed)}). "
+            "Choose another 'out', or the old settings"
+        )

@@ -1,0 +1,90 @@
+"""The watcher that writes checkpoints, and saves before it lets a signal end the run."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastgpt.checkpoint.store import CheckpointStore
+from fastgpt.engine.base import Engine
+from fastgpt.train.watchers import Measured
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """A signal ended the run after an update whose checkpoint is written."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} after step {step}; the same command goes on from there")
+        self.exit_code = 128 + number
+
+
+class Saver:
+    """Saves every `every` updates and after the last."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: CheckpointStore,
+        *,
+        steps: int,
+        every: int | None,
+        state: dict[str, Any],
+        save_model: Callable[[Path], None],
+        before: Callable[[], None],
+    ) -> None:
+        """Watch an engine.
+
+        Args:
+            engine: what is saved.
+            store: where.
+            steps: updates of the whole run.
+            every: updates between two checkpoints, or None for one at the end.
+            state: JSON values for the manifest.
+            save_model: writes the model as `load_model` reads it into a folder; called on every rank.
+            before: called before each save, to bring other records to the disk first.
+        """
+        self._engine = engine
+        self._store = store
+        self._steps = steps
+        self._every = every
+        self._state = state
+        self._save_model = save_model
+        self._before = before
+        self._signal: int | None = None
+
+    def begin(self, step: int) -> None:
+        """Nothing to do."""
+
+    def after(self, measured: Measured) -> None:
+        """Save when it is time.
+
+        Raises:
+            Interrupted: a signal came; the checkpoint is written.
+        """
+        step = measured.update.step
+        interrupted = self._engine.ranks.any(self._signal is not None)
+        if step == self._steps or interrupted or (self._every and step % self._every == 0):
+            self._before()
+            state = self._state | {"tokens": measured.tokens}
+            self._store.save(step, state, self._write, self._engine.ranks)
+        if interrupted and step < self._steps:
+            raise Interrupted(self._signal or signal.SIGTERM, step)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within it SIGTERM and SIGINT end the run after the update in hand; a second one ends it at once."""
+        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def _write(self, folder: Path) -> None:
+        self._engine.write(folder)
+        self._save_model(folder / "model")

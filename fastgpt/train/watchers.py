@@ -1,0 +1,48 @@
+"""What happens around the updates. The loop calls each watcher in turn; none knows of the others."""
+
+import math
+from typing import NamedTuple, Protocol
+
+from fastgpt.engine.base import Update
+from fastgpt.errors import UserError
+
+
+class Measured(NamedTuple):
+    """An update and what it took."""
+
+    update: Update
+    tokens: int  # seen since the start of the run
+    tokens_per_second: float
+
+
+class Watcher(Protocol):
+    """Called by the loop on every rank."""
+
+    def begin(self, step: int) -> None:
+        """Before the first update of this process; `step` updates were done before."""
+
+    def after(self, measured: Measured) -> None:
+        """After each update."""
+
+
+class Guard:
+    """Stops a run that has diverged, before its weights reach a checkpoint.
+
+    An update that was skipped because its gradients overflowed is no reason to stop; a loss that is not a number is.
+    """
+
+    def begin(self, step: int) -> None:
+        """Nothing to do."""
+
+    def after(self, measured: Measured) -> None:
+        """Look at the loss.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        update = measured.update
+        if not math.isfinite(update.loss):
+            raise UserError(
+                f"step {update.step}: the loss is {update.loss}, so the run has diverged (learning rate "
+                f"{update.learning_rate:g}). Checkpoints before it are whole; lower train.lr, or set train.clip"
+            )

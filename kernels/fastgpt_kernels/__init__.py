@@ -1,0 +1,12 @@
+"""The kernels of fastgpt: each operation in Triton, in PyTorch's built-ins, and as a readable reference.
+
+    ops = load_ops("auto")
+    y = ops.causal_attention(qkv)
+
+Importing this package imports no Triton and asks nothing of CUDA; `load_ops` does, where the backend needs it.
+"""
+
+from fastgpt_kernels.dispatch import Backend, Ops, load_ops
+from fastgpt_kernels.errors import UnsupportedInput
+
+__all__ = ["Backend", "Ops", "UnsupportedInput", "load_ops"]

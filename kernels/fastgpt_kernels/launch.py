@@ -1,0 +1,54 @@
+"""What the Triton files share: where kernels can run, what they take, and how many programs fill the device."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+REMEDY = "Set kernels.backend to 'torch' to run it without Triton."
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Triton reads TRITON_INTERPRET when a kernel is defined, so one process either interprets or compiles
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def against(**tensors: Tensor) -> list[str]:
+    """Reasons why the Triton kernels cannot take these tensors: device, dtype, no elements."""
+    reasons = []
+    for name, x in tensors.items():
+        if x.device.type != "cuda" and not INTERPRETED:
+            reasons.append(f"{name} is on {x.device}; a GPU is needed, or TRITON_INTERPRET=1 from the start")
+        if x.dtype not in DTYPES:
+            reasons.append(f"{name} is {x.dtype}; supported: float32, float16, bfloat16")
+        if x.numel() == 0:
+            reasons.append(f"{name} has shape {tuple(x.shape)}; it needs at least one element")
+    return reasons
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it the one that holds x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The number of streaming multiprocessors of a GPU; for the interpreter, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@triton.jit
+def dot(
+    a,  # (M, K)
+    b,  # (K, N)
+    acc,  # (M, N) float32
+    INTERPRETED: tl.constexpr,
+):
+    """acc + a b, with float32 sums; float32 operands keep all their bits (by default a GPU would round them to tf32)."""
+    if INTERPRETED:
+        # the interpreter multiplies the bit patterns of bfloat16 numbers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

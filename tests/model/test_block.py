@@ -1,0 +1,63 @@
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from fastgpt_kernels import load_ops
+from torch import Tensor
+
+from fastgpt.config import ModelConfig
+from fastgpt.model import GPT, build_model
+from fastgpt.model.block import Block
+from fastgpt.model.dropout import Masks
+
+NO_DROPOUT = Masks(p=0.0, seed=0, layer=0)
+
+
+def attention(block: Block, x: Tensor) -> Tensor:
+    """Head by head and query by query, as the equation says."""
+    q, k, v = (x @ block.attention.qkv.weight.T + block.attention.qkv.bias).chunk(3, -1)
+    size = x.shape[-1] // 3
+    out = torch.zeros_like(x)
+    for head in range(3):
+        part = slice(head * size, (head + 1) * size)
+        for i in range(x.shape[1]):
+            scores = (q[:, i : i + 1, part] * k[:, : i + 1, part]).sum(-1) / size**0.5
+            out[:, i, part] = (scores.softmax(-1)[..., None] * v[:, : i + 1, part]).sum(1)
+    return out @ block.attention.out.weight.T + block.attention.out.bias
+
+
+def mlp(block: Block, x: Tensor) -> Tensor:
+    up = x @ block.mlp.up.weight.T + block.mlp.up.bias
+    return F.gelu(up, approximate="tanh") @ block.mlp.down.weight.T + block.mlp.down.bias
+
+
+def normed(x: Tensor, module: torch.nn.Module) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    return (x - mean) / (variance + 1e-5).sqrt() * module.weight + module.bias
+
+
+def block_and_input(
+    norm: str, config_of: Callable[..., ModelConfig], scramble: Callable[[GPT], GPT]
+) -> tuple[Block, Tensor]:
+    model = scramble(build_model(config_of(norm=norm), load_ops("torch"))).double()
+    return model.blocks[1], torch.randn(2, 5, 21, dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_a_post_norm_block_normalises_each_sum(
+    config_of: Callable[..., ModelConfig], scramble: Callable[[GPT], GPT]
+) -> None:
+    block, x = block_and_input("post", config_of, scramble)
+    n = normed(x + attention(block, x), block.norm_1)
+    expected = normed(n + mlp(block, n), block.norm_2)
+    torch.testing.assert_close(block(x, NO_DROPOUT), expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_pre_norm_block_normalises_what_each_branch_reads(
+    config_of: Callable[..., ModelConfig], scramble: Callable[[GPT], GPT]
+) -> None:
+    block, x = block_and_input("pre", config_of, scramble)
+    n = x + attention(block, normed(x, block.norm_1))
+    expected = n + mlp(block, normed(n, block.norm_2))
+    torch.testing.assert_close(block(x, NO_DROPOUT), expected, rtol=0, atol=1e-12)

@@ -1,0 +1,179 @@
+"""Settings: what is read, and what a user is told about every kind of mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from fastgpt.config import Config
+from fastgpt.errors import UserError
+from fastgpt.settings import dump_config, known_settings, load_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+
+GOOD = """\
+out: runs/x
+model:
+  n_layer: 2
+  n_head: 2
+  n_embd: 32
+  context: 16
+  vocab_size: 300
+data:
+  path: stdlib
+train:
+  steps: 3
+  batch_tokens: 64
+  micro_batch_size: 2
+  lr: 3e-4
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_file_loads(path: Path) -> None:
+    load_config(path)
+
+
+def test_there_are_shipped_files() -> None:
+    assert {p.stem for p in CONFIGS} >= {"quickstart", "gpt1-117m", "gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m"}
+
+
+def test_scientific_notation_without_a_point_is_a_number(good: Path) -> None:
+    assert load_config(good).train.lr == 3e-4
+
+
+def test_a_word_on_the_command_line_replaces_the_files_value(good: Path) -> None:
+    config = load_config(good, ["train.steps=7", "model.norm=post", "train.clip=null", "engine.zero_stage=3"])
+    assert (config.train.steps, config.model.norm, config.train.clip, config.engine.zero_stage) == (7, "post", None, 3)
+
+
+def test_the_last_word_counts(good: Path) -> None:
+    assert load_config(good, ["train.steps=7", "train.steps=8"]).train.steps == 8
+
+
+def test_what_is_written_is_read_back_the_same(good: Path, tmp_path: Path) -> None:
+    config = load_config(good, ["train.lr=1e-7", "out=runs/é: #x", "data.text_key='12'"])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(copy) == config
+
+
+def test_settings_are_frozen(good: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(good).train.steps = 5  # type: ignore[misc]
+
+
+def test_every_stable_key_is_known() -> None:
+    stable = (
+        "out data.path data.tokenizer data.cache model.n_layer model.n_head model.n_embd model.context model.vocab_size "
+        "model.norm model.dropout train.steps train.seed train.batch_tokens train.micro_batch_size train.lr "
+        "train.eval_every train.save_every engine.kind engine.zero_stage engine.precision kernels.backend"
+    )
+    assert set(stable.split()) <= set(known_settings())
+
+
+# each mistake, and what its one line must say
+IN_FILE = {
+    "a slip in a key": (
+        GOOD.replace("n_embd", "n_emb"),
+        ":5: model.n_emb is not a setting. Did you mean model.n_embd?",
+    ),
+    "a key of another section": (
+        GOOD.replace("  n_layer: 2", "  n_layer: 2\n  lr: 1"),
+        ":4: model.lr is not a setting. Did you mean train.lr?",
+    ),
+    "a key at the top that belongs in a section": (
+        GOOD + "zero_stage: 1\n",
+        ":15: zero_stage is not a setting. Did you mean engine.zero_stage?",
+    ),
+    "a slip in a section": (GOOD.replace("train:", "trian:"), "trian is not a setting"),
+    "text for a number": (GOOD.replace("steps: 3", "steps: many"), ":11: train.steps must be an integer of at least 1"),
+    "a fraction for an integer": (GOOD.replace("steps: 3", "steps: 3.5"), ":11: train.steps must be an integer"),
+    "true for an integer": (GOOD.replace("steps: 3", "steps: true"), ":11: train.steps must be an integer"),
+    "a list for a number": (GOOD.replace("lr: 3e-4", "lr: [1, 2]"), ":14: train.lr must be a number above 0"),
+    "zero layers": (GOOD.replace("n_layer: 2", "n_layer: 0"), ":3: model.n_layer must be an integer of at least 1"),
+    "a width the heads do not divide": (
+        GOOD.replace("n_embd: 32", "n_embd: 33"),
+        ":5: model.n_embd must be a multiple of model.n_head (2), not 33. The nearest is 32",
+    ),
+    "a batch that is not whole": (
+        GOOD.replace("batch_tokens: 64", "batch_tokens: 65"),
+        ":12: train.batch_tokens must be a multiple of train.micro_batch_size x model.context (2 x 16 = 32), not 65",
+    ),
+    "a warm-up longer than the run": (GOOD + "  warmup_steps: 4\n", ":15: train.warmup_steps must be at most"),
+    "a floor above the rate": (GOOD + "  min_lr: 1\n", ":15: train.min_lr must be at most train.lr"),
+    "an unknown word of a choice": (
+        GOOD + "engine:\n  precision: bf61\n",
+        ":16: engine.precision must be one of auto, fp32, bf16, fp16, not 'bf61'. Did you mean bf16?",
+    ),
+    "an unknown device": (
+        GOOD + "engine:\n  device: gpu\n",
+        ":16: engine.device must be one of auto, cpu, cuda, cuda:N",
+    ),
+    "dropout of one": (GOOD.replace("n_layer: 2", "n_layer: 2\n  dropout: 1.0"), ":4: model.dropout must be a number"),
+    "a rate that is no number": (GOOD.replace("3e-4", ".nan"), ":14: train.lr must be a number"),
+    "a missing key": (GOOD.replace("  steps: 3\n", ""), "train.steps is missing; it must be an integer of at least 1"),
+    "a missing section": (GOOD.replace("data:\n  path: stdlib\n", ""), "data is missing"),
+    "a number for a section": (GOOD + "engine: 3\n", ":15: engine must be a group of settings: kind, zero_stage"),
+    "a number for a name": (GOOD.replace("stdlib", "2024"), ":9: data.path must be text, not empty, not 2024."),
+    "an empty name": (GOOD.replace("runs/x", "''"), ":1: out must be text, not empty"),
+    "a key set twice": (GOOD + "out: b\n", ":15: out is set twice (first at"),
+    "broken YAML": (GOOD + "engine: {kind: [\n", ":16: not valid YAML"),
+    "a tab": (GOOD + "engine:\n\tkind: auto\n", ":16: not valid YAML"),
+    "an empty file": ("", "the file is empty"),
+    "a list": ("- 1\n", ":1: the file must hold 'key: value' settings"),
+    "a Python object": (GOOD.replace("runs/x", "!!python/object/apply:os.getcwd []"), ":1: not valid YAML"),
+    "a merge key": ("a: &a {b: 1}\n<<: *a\n", ":2: YAML merge keys are not read here"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), IN_FILE.values(), ids=IN_FILE.keys())
+def test_a_mistake_in_the_file_is_told_with_its_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert any(line.startswith(f"{path}") and said in line for line in str(caught.value).splitlines()), caught.value
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.stepz=3", "command line: train.stepz is not a setting. Did you mean train.steps?"),
+        ("steps=3", "command line: steps is not a setting. Did you mean train.steps?"),
+        ("train.steps=0", "command line: train.steps must be an integer of at least 1, not 0."),
+        ("train.steps", "command line: 'train.steps' is not a setting of the form key.sub=value."),
+        ("train=3", "command line: train is not a setting."),
+        ("train.lr=[", "command line: train.lr cannot be read from '['"),
+        ("out=", "command line: out must be text, not empty, not ''."),
+        ("model.n_head=3", "must be a multiple of model.n_head (3), not 32. The nearest is 33"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told(word: str, said: str, good: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(good, [word])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_told_with_its_neighbour(good: Path) -> None:
+    with pytest.raises(UserError, match=r"god\.yaml: no such file\. Did you mean .*good\.yaml\?"):
+        load_config(good.with_name("god.yaml"))
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"out: \xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        load_config(path)
+
+
+def test_micro_batches_count_the_whole_update(good: Path) -> None:
+    config: Config = load_config(good, ["train.batch_tokens=128"])
+    assert config.micro_batches == 4
