@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastgpt.errors import UserError, did_you_mean
+from fastgpt.errors import SharedError, UserError, did_you_mean
 
 COMMANDS = ("train", "prepare", "generate")
 
@@ -120,8 +120,11 @@ def _train(options: argparse.Namespace) -> int:
     from fastgpt.launch import Launch, engine_kind
     from fastgpt.settings import load_config
 
-    config = load_config(options.config, options.overrides)
-    engine_kind(config, Launch.from_environment())
+    try:
+        config = load_config(options.config, options.overrides)
+        engine_kind(config, Launch.from_environment())
+    except UserError as problem:
+        raise SharedError(str(problem)) from None
 
     from fastgpt.train.command import run
     from fastgpt.train.saver import Interrupted
@@ -200,8 +203,5 @@ def _tell(problem: UserError) -> None:
     rank = _rank()
     if rank == 0:
         print(f"fastgpt: error: {problem}", file=sys.stderr)
-    elif "fastgpt.engine.ranks" in sys.modules:
-        from fastgpt.engine.ranks import SharedError
-
-        if not isinstance(problem, SharedError):
-            print(f"fastgpt: error on rank {rank}: {problem}", file=sys.stderr)
+    elif not isinstance(problem, SharedError):
+        print(f"fastgpt: error on rank {rank}: {problem}", file=sys.stderr)

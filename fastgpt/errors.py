@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """A user's error that every rank of a run raises alike: rank 0 tells it for all."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" Did you mean X?"` with the nearest of the `known` spellings, or the empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

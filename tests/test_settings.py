@@ -71,9 +71,9 @@ def test_settings_are_frozen(good: Path) -> None:
 
 def test_every_stable_key_is_known() -> None:
     stable = (
-        "out data.path data.tokenizer data.cache model.n_layer model.n_head model.n_embd model.context model.vocab_size "
-        "model.norm model.dropout train.steps train.seed train.batch_tokens train.micro_batch_size train.lr "
-        "train.eval_every train.save_every engine.kind engine.zero_stage engine.precision kernels.backend"
+        "out data.path data.tokenizer data.cache model.n_layer model.n_head model.n_embd model.context "
+        "model.vocab_size model.norm model.dropout train.steps train.seed train.batch_tokens train.micro_batch_size "
+        "train.lr train.eval_every train.save_every engine.kind engine.zero_stage engine.precision kernels.backend"
     )
     assert set(stable.split()) <= set(known_settings())
 

@@ -13,6 +13,10 @@ from pathlib import Path
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
+class TakenError(Exception):
+    """Something else has come into being at the path of a new folder."""
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Wait until this process alone works on `path`; the lock is a hidden file beside it, gone afterwards.
@@ -63,7 +67,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` at the end of the `with`, whole and on disk.
 
     After an exception it is removed; after a kill it stays, hidden, for `remove_unfinished`.
-    Raises FileExistsError where `path` has come into being meanwhile and is not empty.
+    Raises TakenError where `path` has come into being meanwhile and is not an empty folder.
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
@@ -74,7 +78,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+                raise TakenError(str(path)) from None
             raise
         sync(path.parent)
     except BaseException:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from fastgpt.data.text_file import BYTE_ORDER_MARK, decode
+from fastgpt.data.text_file import decode
 from fastgpt.errors import UserError, did_you_mean
 
 LINE_BYTES = 1 << 28  # a line is read whole
@@ -22,11 +22,13 @@ def json_documents(file: BinaryIO, name: str, text_key: str) -> Iterator[str]:
         where = f"{name}:{number}"
         if len(line) == LINE_BYTES:
             raise UserError(f"{where}: the line is longer than {LINE_BYTES >> 20} MiB; cut its text into documents")
-        text_line = decode(line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line, where, offset)
+        content = decode(line, where, offset)
         offset += len(line)
-        if text_line.isspace() or not text_line:
+        if number == 1:
+            content = content.removeprefix("\N{BYTE ORDER MARK}")
+        if not content or content.isspace():
             continue
-        text = text_at(parse(text_line, where), text_key, where)
+        text = text_at(parse(content, where), text_key, where)
         if text and not text.isspace():
             yield text
 

@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     reader = Reader(path, content, "")
     if (found := reader.value("format")) != FORMAT:
         raise reader.error("format", f"must be {FORMAT!r}", found)
-    if (version := reader.value("version")) != VERSION:
+    if (version := reader.count("version")) != VERSION:
         raise reader.error("version", f"must be {VERSION}, the one that this fastgpt reads", version)
     splits = reader.child("splits")
     return Manifest(

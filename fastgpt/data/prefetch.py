@@ -24,8 +24,6 @@ class Prefetched(Generic[T]):
     """
 
     def __init__(self, source: Iterator[T], depth: int) -> None:
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
         self._ready: queue.Queue[T | Finished] = queue.Queue(depth)
         self._stopped = threading.Event()
         # A function of its own, so that the thread does not keep this object alive.
@@ -70,6 +68,8 @@ class Prefetched(Generic[T]):
 
 def prefetch(iterator: Iterator[T], depth: int = 2) -> Prefetched[T]:
     """`iterator` with up to `depth` items made ahead by a background thread."""
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
     return Prefetched(iterator, depth)
 
 

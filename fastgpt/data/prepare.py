@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 
-from fastgpt.data.atomic import locked, new_folder, remove_unfinished
-from fastgpt.data.encoding import TextBatch, encode_in_order
+from fastgpt.data.atomic import TakenError, locked, new_folder, remove_unfinished
+from fastgpt.data.encoding import TextBatch
 from fastgpt.data.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FOLDER, VERSION, Manifest, dtype_for, read_manifest
 from fastgpt.data.sources import Corpus, open_corpus
 from fastgpt.data.splitting import SplitRule, even_sample
+from fastgpt.data.workers import encode_in_order
 from fastgpt.data.writer import SplitWriter
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import END_OF_TEXT, MINIMUM_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
@@ -48,6 +49,8 @@ def prepare(
     Raises UserError for text that cannot be read or has fewer than two documents, a tokenizer that does not fit
     `vocab_size`, and an output that exists or cannot be written.
     """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}")
     output = Path(output)
     corpus = open_corpus(path, text_key)
     rule = SplitRule(validation_fraction, seed)
@@ -60,7 +63,7 @@ def prepare(
             if alone:
                 remove_unfinished(output)
             return write(corpus, output, bpe, vocab_size, rule, shard_tokens, workers, progress)
-    except FileExistsError:
+    except TakenError:
         raise taken from None
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error}") from None
@@ -98,7 +101,7 @@ def prepare_cached(
                 if alone:
                     remove_unfinished(folder)
                 write(corpus, folder, bpe, vocab_size, rule, SHARD_TOKENS, None, progress)
-    except FileExistsError:  # without locks another process was first, with the same content
+    except TakenError:  # without locks another process was first, with the same content
         if not (folder / MANIFEST_FILE).is_file():
             raise UserError(f"{folder}: in the way of the prepared text; remove it") from None
     except OSError as error:

@@ -90,8 +90,8 @@ class ShardSource:
         self._share = Share(micro_batch_size, micro_batches, rank, world_size)
         self._sampler = Sampler(self.windows, seed)
         self._shift_key = key(seed, "shift")
-        # how many tokens the windows of an epoch can be moved by, so that the last one still fits
-        self._shifts = np.uint64(min(context, len(shards) - self.windows * context))
+        # The windows of an epoch can begin at any of these first tokens: the last one still fits.
+        self._shifts = np.uint64(len(shards) - self.windows * context)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches for updates start + 1, start + 2 and so on."""

@@ -38,8 +38,8 @@ class SplitRule:
 def even_sample(documents: Iterator[str], seed: int, characters: int = SAMPLE_CHARACTERS) -> list[str]:
     """Documents from all over a corpus of any length, in order, together at most `characters` long.
 
-    A document is in the sample while its hash is below a bound, and the bound is halved whenever the sample has grown
-    too long: one reading, constant memory, and no preference for the beginning.
+    A document is in the sample while its hash is below a bound, and whenever the sample has grown too long the bound
+    falls to the median: one reading, constant memory, and no preference for the beginning.
     """
     bound = 1 << 64
     sample: list[tuple[int, str]] = []
@@ -51,7 +51,7 @@ def even_sample(documents: Iterator[str], seed: int, characters: int = SAMPLE_CH
         sample.append((mark, text[:LONGEST_SAMPLE_CHARACTERS]))
         length += len(sample[-1][1])
         while length > characters and len(sample) > 1:
-            bound //= 2
+            bound = sorted(mark for mark, _ in sample)[len(sample) // 2]
             sample = [(mark, text) for mark, text in sample if mark < bound]
             length = sum(len(text) for _, text in sample)
     return [text for _, text in sample]

@@ -6,7 +6,7 @@ private attributes. They hold for the versions that pyproject.toml allows; a tes
 loading.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +38,7 @@ class Layout(Protocol):
 class PlainLayout:
     """Stage 0 in fp32: every rank holds every weight, the optimizer works on the weights themselves."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], ranks: Ranks) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
         self.optimizer = optimizer
         self._weights = weights
         self._ranks = ranks
@@ -88,7 +88,7 @@ class ReplicatedLayout:
             weight.data.copy_(master.data)
 
     def loss_scale(self) -> LossScale:
-        """The scale and the updates since it changed."""
+        """The scale and the updates since the last overflow."""
         state = self._wrapper.loss_scale_config
         return LossScale(float(state.cur_scale), state.cur_iter - state.last_overflow_iter - 1)
 
@@ -140,7 +140,7 @@ class FlatLayout:
         self._wrapper.update_lp_params()
 
     def loss_scale(self) -> LossScale:
-        """The scale and the updates since it changed."""
+        """The scale and the updates since the last overflow."""
         return _loss_scale(self._wrapper.loss_scaler)
 
     def set_loss_scale(self, scale: LossScale) -> None:
@@ -179,7 +179,7 @@ class ShardedLayout:
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 
     def loss_scale(self) -> LossScale:
-        """The scale and the updates since it changed."""
+        """The scale and the updates since the last overflow."""
         return _loss_scale(self._wrapper.loss_scaler)
 
     def set_loss_scale(self, scale: LossScale) -> None:
@@ -187,7 +187,7 @@ class ShardedLayout:
         _set_loss_scale(self._wrapper.loss_scaler, scale)
 
 
-def layout_of(wrapper: Any, stage: int, weights: dict[str, Tensor], ranks: Ranks) -> Layout:
+def layout_of(wrapper: Any, stage: int, weights: Mapping[str, Tensor], ranks: Ranks) -> Layout:
     """The layout of a DeepSpeed optimizer, told by what it keeps."""
     names = {id(p): name for name, p in weights.items()}
     if stage == 3:

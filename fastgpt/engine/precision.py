@@ -51,14 +51,14 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling: halve at an overflow, double after `window` updates without one.
+    """Dynamic loss scaling: halve at an overflow, double once `window` updates have gone without one.
 
-    The rule of "Mixed Precision Training" (Micikevicius et al., 2018), section 3.2; the constants are those that
-    DeepSpeed is given too, so that both engines scale alike.
+    The rule of "Mixed Precision Training" (Micikevicius et al., 2018), section 3.2, counted as DeepSpeed counts, which
+    is given the same constants: both engines scale alike.
     """
 
     scale: float = 2.0**16
-    clean: int = 0  # updates since the scale last changed
+    clean: int = 0  # updates since the last overflow
     window: int = 1000
     smallest: float = 1.0
 
@@ -77,6 +77,6 @@ class LossScale:
             self.scale = max(self.scale / 2, self.smallest)
             self.clean = 0
             return
-        self.clean += 1
-        if self.clean % self.window == 0:
+        if self.clean and self.clean % self.window == 0:
             self.scale *= 2
+        self.clean += 1

@@ -12,12 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastgpt.errors import UserError
+from fastgpt.errors import SharedError, UserError
 from fastgpt.launch import ALONE, Launch
-
-
-class SharedError(UserError):
-    """A user's error that every rank raises: rank 0 tells it for all."""
 
 
 class Ranks:

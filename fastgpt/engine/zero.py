@@ -1,10 +1,12 @@
 """DeepSpeed ZeRO, stages 0 to 3. The only file that imports deepspeed."""
 
+import io
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,17 @@ class DeepSpeedZero:
                 precision,
             )
         settings = deepspeed_settings(config, precision, ranks.world_size)
-        self._model = self._build(build, deepspeed, settings)
+        with _prints_logged():
+            # takes over torch's process group, which ZeRO-3's sharded construction needs already
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            self._model = self._build(build, deepspeed, settings)
         self._weights = dict(self._model.named_parameters())
         self._adam_step = 0
         optimizer = adamw(self._weights, {name: _shape(p) for name, p in self._weights.items()}, config.train)
-        self._engine, *_ = deepspeed.initialize(
-            model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        with _prints_logged():
+            self._engine, *_ = deepspeed.initialize(
+                model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
         self._layout = layout_of(self._engine.optimizer, self._stage, self._weights, ranks)
 
     def update(self, batch: Batch) -> Update:
@@ -162,6 +168,18 @@ class DeepSpeedZero:
 def _shape(parameter: Tensor) -> tuple[int, ...]:
     """The whole shape, also of a parameter that ZeRO-3 has sharded."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def _prints_logged() -> Iterator[None]:
+    """DeepSpeed prints memory statistics while it starts: they belong in a debug log."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            log.debug("deepspeed: %s", line)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

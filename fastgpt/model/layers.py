@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from fastgpt_kernels import Ops
 from torch import Tensor, nn
 
+from fastgpt.model.lookup import lookup
+
 EPSILON = 1e-5  # of layer normalisation, in GPT-1 and GPT-2
 
 
@@ -59,7 +61,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The row of each id."""
-        return F.embedding(ids, self.weight)
+        return lookup(ids, self.weight)
 
 
 class TiedEmbedding(Embedding):

@@ -23,6 +23,7 @@ from fastgpt.launch import ALONE, Launch, engine_kind
 from fastgpt.load import save_model
 from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
 from fastgpt.model.seeds import fold
+from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.corpus import prepare_corpus
 from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.evaluation import Evaluation
@@ -61,7 +62,7 @@ def run(config: Config, *, must_resume: bool = False) -> Path:
     try:
         return _Run(config, kind, device, ranks, must_resume=must_resume).go()
     except UnsupportedInput as problem:
-        raise UserError(f"kernels.backend: {problem}") from problem
+        raise UserError(f"kernels.backend: {' '.join(str(problem).split())}") from problem
     finally:
         leave()
 
@@ -107,25 +108,26 @@ class _Run:
                 "restore it, or choose another 'out'"
             )
 
+        source = self._source(training)
         engine = self._engine()
         if checkpoint:
             engine.read(checkpoint.folder)
             log.info("going on from %s", checkpoint.folder)
         if self.ranks.rank == 0:
             save_config(folder, self.config)
-        return self._train(engine, training, validation, store, checkpoint, fingerprint)
+        return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, fingerprint)
 
     def _train(
         self,
         engine: Engine,
-        training: TokenShards,
+        source: ShardSource,
+        tokenizer: Tokenizer,
         validation: TokenShards,
         store: CheckpointStore,
         checkpoint: Checkpoint | None,
         fingerprint: str,
     ) -> Path:
         config, folder, first = self.config, self.plan.folder, self.ranks.rank == 0
-        tokenizer = training.tokenizer()
         resume_step = checkpoint.step if checkpoint else None
         recorder = Recorder(folder if first else None, resume_step=resume_step)
         evaluation = Evaluation(engine, validation, tokenizer, config, record=recorder.write, show=self.display.print)
@@ -148,15 +150,6 @@ class _Run:
         flops = flops_per_token(config.model)
         reporter = Reporter(self.display, config.train.steps, flops, peak and peak * self.ranks.world_size)
         watchers: Sequence[Watcher] = (Guard(), recorder, reporter, evaluation, saver)
-        source = ShardSource(
-            training,
-            config.model.context,
-            config.train.micro_batch_size,
-            config.micro_batches,
-            fold(config.train.seed, ORDER),
-            self.ranks.rank,
-            self.ranks.world_size,
-        )
         try:
             with saver.signals(), prefetch(source.batches(engine.step)) as batches:
                 train(
@@ -201,6 +194,18 @@ class _Run:
             return None
         name, step, state = found
         return Checkpoint(store.folder / name, step, state)
+
+    def _source(self, shards: TokenShards) -> ShardSource:
+        config = self.config
+        return ShardSource(
+            shards,
+            config.model.context,
+            config.train.micro_batch_size,
+            config.micro_batches,
+            fold(config.train.seed, ORDER),
+            self.ranks.rank,
+            self.ranks.world_size,
+        )
 
     def _engine(self) -> Engine:
         config = self.config

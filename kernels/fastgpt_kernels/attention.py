@@ -15,21 +15,20 @@ The forward visits the keys in tiles with a running maximum m_i and sum l_i, and
     dk_j  = scale sum_i ds_ij q_i
 
 One kernel computes dq (and delta) for a tile of queries, another dk and dv for a tile of keys: each output has one
-writer, so that nothing is added atomically and a repeat gives the same bits. Tiles wholly in the future are never visited,
-and only those that the diagonal cuts are masked.
+writer, so that nothing is added atomically and a repeat gives the same bits. Tiles wholly in the future are never
+visited, and only those that the diagonal cuts are masked.
 
-The dropout mask comes from Philox 4x32-10 with the seed as key and (head, i, j) as counter: it is the same in the forward
-and the backward and does not depend on the tile sizes, and no mask is stored.
+The dropout mask comes from Philox 4x32-10 with the seed as key and (head, i, j) as counter: it is the same in the
+forward and the backward and does not depend on the tile sizes, and no mask is stored.
 
 Limits: head sizes 16 to 128, float32, float16, bfloat16; any T >= 1, any strides. A head size between powers of two is
 split into two pieces (80 = 64 + 16, 96 = 64 + 32) rather than padded.
 
-Numerics: products in the input's dtype with float32 sums (float32 input: full precision, no tf32); softmax in float32 in
-base 2; the weights and ds are rounded to the input's dtype before their products.
+Numerics: products in the input's dtype with float32 sums (float32 input: full precision, no tf32); softmax in float32
+in base 2; the weights and ds are rounded to the input's dtype before their products.
 
-Source: Dao, "FlashAttention-2" (2023), sections 3.1 and 3.2, algorithms 1 and 2. Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3" (2011), section 3.3 (Philox).
-"""
+Source: Dao, "FlashAttention-2" (2023), sections 3.1 and 3.2, algorithms 1 and 2. Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3" (2011), section 3.3 (Philox)."""
 
 import math
 from typing import Any, NamedTuple
@@ -60,26 +59,30 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# by pass, then by width in bits of the dtype and largest head size: chosen to spill no registers on sm_80 and sm_90
-# and to fit their shared memory, see compile_report.py
+# by compute capability and kernel, then by bits of the dtype and largest head size. No tile spills registers or exceeds the shared memory of
+# sm_80 and sm_90, with and without dropout: compile_report.py shows it. Full-precision float32 products take no tensor
+# cores and many registers, hence the small tiles.
 TILES: dict[str, dict[tuple[int, int], Tiles]] = {
     "forward": {
-        (16, 64): Tiles(128, 64, 4, 3),
-        (16, 128): Tiles(128, 64, 8, 2),
+        (16, 64): Tiles(128, 64, 8, 3),
+        (16, 80): Tiles(128, 64, 8, 2),
+        (16, 128): Tiles(128, 32, 8, 3),
         (32, 64): Tiles(32, 32, 4, 1),
-        (32, 128): Tiles(32, 32, 4, 1),
+        (32, 128): Tiles(16, 16, 4, 1),
     },
     "backward_queries": {
-        (16, 64): Tiles(128, 64, 8, 2),
-        (16, 128): Tiles(128, 64, 8, 2),
-        (32, 64): Tiles(32, 32, 4, 1),
-        (32, 128): Tiles(32, 32, 4, 1),
+        (16, 64): Tiles(128, 64, 8, 3),
+        (16, 128): Tiles(128, 32, 8, 2),
+        (32, 64): Tiles(16, 16, 4, 1),
+        (32, 128): Tiles(16, 16, 8, 1),
     },
     "backward_keys": {
-        (16, 64): Tiles(64, 128, 8, 2),
-        (16, 128): Tiles(64, 128, 8, 2),
-        (32, 64): Tiles(32, 32, 4, 1),
-        (32, 128): Tiles(32, 32, 4, 1),
+        (16, 64): Tiles(64, 128, 8, 3),
+        (16, 80): Tiles(32, 128, 8, 2),
+        (16, 96): Tiles(16, 128, 8, 2),
+        (16, 128): Tiles(32, 64, 8, 2),
+        (32, 64): Tiles(16, 32, 4, 1),
+        (32, 128): Tiles(16, 16, 4, 1),
     },
 }
 
@@ -116,30 +119,27 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
     acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    scale_log2 = scale * _LOG2_E
 
     for DIAGONAL in tl.static_range(2):
         # keys before the tile's first query need no mask; then those that the diagonal cuts
         first = first_query // BLOCK_N * BLOCK_N if DIAGONAL else 0
         last = tl.minimum(first_query + BLOCK_M, T) if DIAGONAL else first_query // BLOCK_N * BLOCK_N
         for first_key in range(first, last, BLOCK_N):
-            k, k_tail = _load(
-                q_ptr + stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL
-            )
-            scores = _products(q, q_tail, k, k_tail, TAIL) * (scale * _LOG2_E)
+            k, k_tail = _load(q_ptr + stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL)
+            products = _products(q, q_tail, k, k_tail, TAIL)
             if DIAGONAL:
-                scores = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), scores, float("-inf"))
+                products = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), products, float("-inf"))
             # the first tile holds key 0, which every query sees: from then on the maximum is finite
-            new_max = tl.maximum(row_max, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_max[:, None])
+            new_max = tl.maximum(row_max, tl.max(products, 1) * scale_log2)
+            weights = _exp2_of(products, scale_log2, new_max[:, None])
             shrink = tl.exp2(row_max - new_max)
             row_sum = row_sum * shrink + tl.sum(weights, 1)
             row_max = new_max
             if seed_ptr is not None:
                 keep = _keep(seed, batch_head, first_query, first_key, dropout_p, BLOCK_M, BLOCK_N)
                 weights = tl.where(keep, weights, 0.0)
-            v, v_tail = _load(
-                q_ptr + 2 * stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL
-            )
+            v, v_tail = _load(q_ptr + 2 * stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL)
             weights = weights.to(v.dtype)
             acc = dot(weights, v, acc * shrink[:, None], _INTERPRETED)
             if TAIL:
@@ -199,19 +199,17 @@ def _backward_queries_kernel(
     dq = tl.zeros((BLOCK_M, MAIN), tl.float32)
     dq_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    scale_log2 = scale * _LOG2_E
     for DIAGONAL in tl.static_range(2):
         first = first_query // BLOCK_N * BLOCK_N if DIAGONAL else 0
         last = tl.minimum(first_query + BLOCK_M, T) if DIAGONAL else first_query // BLOCK_N * BLOCK_N
         for first_key in range(first, last, BLOCK_N):
-            k, k_tail = _load(
-                q_ptr + stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL
-            )
-            v, v_tail = _load(
-                q_ptr + 2 * stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL
-            )
-            weights = tl.exp2(_products(q, q_tail, k, k_tail, TAIL) * (scale * _LOG2_E) - lse[:, None])
+            k, k_tail = _load(q_ptr + stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL)
+            v, v_tail = _load(q_ptr + 2 * stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL)
+            products = _products(q, q_tail, k, k_tail, TAIL)
             if DIAGONAL:
-                weights = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), weights, 0.0)
+                products = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), products, float("-inf"))
+            weights = _exp2_of(products, scale_log2, lse[:, None])
             dweights = _products(dout, dout_tail, v, v_tail, TAIL)
             if seed_ptr is not None:
                 keep = _keep(seed, batch_head, first_query, first_key, dropout_p, BLOCK_M, BLOCK_N)
@@ -264,6 +262,7 @@ def _backward_keys_kernel(
     dk_tail = tl.zeros((BLOCK_N, TAIL if TAIL else 16), tl.float32)
     dv_tail = tl.zeros((BLOCK_N, TAIL if TAIL else 16), tl.float32)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    scale_log2 = scale * _LOG2_E
     for DIAGONAL in tl.static_range(1, -1, -1):
         # queries that the diagonal cuts, then those after the tile's last key, which need no mask
         after = tl.cdiv(first_key + BLOCK_N, BLOCK_M) * BLOCK_M
@@ -278,21 +277,27 @@ def _backward_keys_kernel(
             lse = tl.load(lse_ptr + queries, mask=queries < T, other=float("inf"))
             delta = tl.load(delta_ptr + queries, mask=queries < T, other=0.0)
 
-            weights = tl.exp2(_products(k, k_tail, q, q_tail, TAIL) * (scale * _LOG2_E) - lse[None, :])
+            products = _products(k, k_tail, q, q_tail, TAIL)
             if DIAGONAL:
-                weights = tl.where(tl.trans(_visible(first_query, first_key, BLOCK_M, BLOCK_N)), weights, 0.0)
-            dweights = _products(v, v_tail, dout, dout_tail, TAIL)
-            kept_weights = weights
+                products = tl.where(tl.trans(_visible(first_query, first_key, BLOCK_M, BLOCK_N)), products, float("-inf"))
+            weights = _exp2_of(products, scale_log2, lse[None, :])
+            kept = weights
             if seed_ptr is not None:
                 keep = tl.trans(_keep(seed, batch_head, first_query, first_key, dropout_p, BLOCK_M, BLOCK_N))
-                kept_weights = tl.where(keep, weights, 0.0)
-                dweights = tl.where(keep, dweights * (1.0 / (1.0 - dropout_p)), 0.0)
-            kept_weights = kept_weights.to(dout.dtype)
-            dv = dot(kept_weights, dout, dv, _INTERPRETED)
+                # the sign carries the mask to its second use below, which takes fewer registers than keeping it
+                weights = tl.where(keep, weights, -weights)
+                kept = tl.maximum(weights, 0.0)
+            kept = kept.to(dout.dtype)
+            dv = dot(kept, dout, dv, _INTERPRETED)
+            if TAIL:
+                dv_tail = dot(kept, dout_tail, dv_tail, _INTERPRETED)
+            dweights = _products(v, v_tail, dout, dout_tail, TAIL)
+            if seed_ptr is not None:
+                dweights = tl.where(weights > 0.0, dweights * (1.0 / (1.0 - dropout_p)), 0.0)
+                weights = tl.abs(weights)
             dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
             dk = dot(dscores, q, dk, _INTERPRETED)
             if TAIL:
-                dv_tail = dot(kept_weights, dout_tail, dv_tail, _INTERPRETED)
                 dk_tail = dot(dscores, q_tail, dk_tail, _INTERPRETED)
 
     if seed_ptr is not None:
@@ -401,6 +406,13 @@ def _products(
 
 
 @triton.jit
+def _exp2_of(products, scale_log2, subtrahend):
+    """exp2(products * scale_log2 - subtrahend), rounding only the difference: large scores lose no digits."""
+    products, subtrahend = tl.broadcast(products, subtrahend)
+    return tl.exp2(tl.fma(products, tl.full(products.shape, scale_log2, tl.float32), -subtrahend))
+
+
+@triton.jit
 def _visible(first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(BLOCK_M, BLOCK_N) booleans: which queries see which keys."""
     queries = first_query + tl.arange(0, BLOCK_M)
@@ -439,7 +451,19 @@ def launch_forward(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | N
     tiles = tiles_for("forward", qkv)
     with launch.on_device_of(qkv):
         _forward_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
-            qkv, out, lse, seed, *qkv.stride(), T, H, scale, dropout_p, D, *pieces(D), **tiles._asdict()
+            qkv,
+            out,
+            lse,
+            seed,
+            *qkv.stride(),
+            T,
+            H,
+            scale,
+            dropout_p,
+            D,
+            *pieces(D),
+            **tiles._asdict(),
+            **launch.OPTIONS,
         )
     return out, lse
 
@@ -456,10 +480,10 @@ def launch_backward(
     with launch.on_device_of(qkv):
         # in this order: the kernel for queries leaves delta for the kernel for keys
         _backward_queries_kernel[(triton.cdiv(T, query_tiles.BLOCK_M) * B * H,)](
-            qkv, out, dout, lse, delta, dqkv, seed, *shape, **query_tiles._asdict()
+            qkv, out, dout, lse, delta, dqkv, seed, *shape, **query_tiles._asdict(), **launch.OPTIONS
         )
         _backward_keys_kernel[(triton.cdiv(T, key_tiles.BLOCK_N) * B * H,)](
-            qkv, dout, lse, delta, dqkv, seed, *shape, **key_tiles._asdict()
+            qkv, dout, lse, delta, dqkv, seed, *shape, **key_tiles._asdict(), **launch.OPTIONS
         )
     return dqkv
 
@@ -503,9 +527,7 @@ def _(
     return qkv.new_empty(qkv.shape)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, float, float, Tensor | None], output: tuple[Tensor, Tensor]
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, float, float, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
     qkv, ctx.scale, ctx.dropout_p, seed = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -545,8 +567,6 @@ def causal_attention(
     if not MIN_HEAD_SIZE <= D <= MAX_HEAD_SIZE:
         reasons.append(f"the head size is {D}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}")
     raise_if_any(reasons, "causal_attention", "triton", launch.REMEDY)
-    drops = dropout_p > 0.0 and seed is not None
-    out, _ = _attention(
-        qkv, scale or 1.0 / math.sqrt(D), dropout_p, seed_tensor(seed, qkv.device) if drops else None
-    )
+    key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
+    out: Tensor = _attention(qkv, scale or 1.0 / math.sqrt(D), dropout_p, key)[0]
     return out

@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 REMEDY = "Set kernels.backend to 'torch' to run it without Triton."
+# contract a * b + c to one rounding: the default of Triton up to 3.9, and no longer of those after it
+OPTIONS = {"enable_fp_fusion": True}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so one process either interprets or compiles
@@ -39,6 +41,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def partial_sums(device: torch.device, tasks: int) -> int:
+    """How many programs share a sum over rows: enough to fill the device, so few that their partial sums are cheap."""
+    return min(tasks, 2 * multiprocessors(device))
+
+
 @triton.jit
 def dot(
     a,  # (M, K)
@@ -46,7 +53,7 @@ def dot(
     acc,  # (M, N) float32
     INTERPRETED: tl.constexpr,
 ):
-    """acc + a b, with float32 sums; float32 operands keep all their bits (by default a GPU would round them to tf32)."""
+    """acc + a b, with float32 sums; float32 operands keep all their bits, where a GPU would round them to tf32."""
     if INTERPRETED:
         # the interpreter multiplies the bit patterns of bfloat16 numbers
         a = a.to(tl.float32)

@@ -31,7 +31,8 @@ def causal_attention(
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(-1)
     weights = dropout(weights, dropout_p, seed)
-    return (weights @ v).transpose(1, 2).contiguous()
+    out: Tensor = weights @ v
+    return out.transpose(1, 2).contiguous()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

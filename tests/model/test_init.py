@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ SHAPE = (300, 401)
         ("post", "blocks.0.mlp.down.weight", 0.02),
     ],
 )
-def test_weights_are_normal_with_the_published_standard_deviation(norm: str, name: str, std: float, config_of) -> None:
+def test_weights_are_normal_with_the_published_standard_deviation(
+    norm: str, name: str, std: float, config_of: Callable[..., ModelConfig]
+) -> None:
     values = initial_value(name, SHAPE, config_of(norm=norm), seed=3).double()
     count = values.numel()
     # five standard errors of the mean, of the deviation and of the fourth moment of that many normal values

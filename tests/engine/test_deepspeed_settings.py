@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from fastgpt.config import Config
+from fastgpt.engine.deepspeed_settings import deepspeed_settings
+from fastgpt.settings import load_config
+
+
+def config(stage: int) -> Config:
+    path = Path(__file__).parents[2] / "configs" / "gpt2-124m.yaml"
+    return load_config(path, [f"engine.zero_stage={stage}"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_gradients_accumulate_and_reduce_in_fp32(stage: int, precision: str) -> None:
+    settings = deepspeed_settings(config(stage), precision, world_size=8)
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["communication_data_type"] == "fp32"
+
+
+def test_the_batch_is_shared_among_the_ranks() -> None:
+    settings = deepspeed_settings(config(1), "bf16", world_size=8)
+    # 524,288 tokens are 512 sequences of 1024, 64 a rank, in micro-batches of 32
+    assert settings["train_batch_size"] == 512
+    assert settings["train_micro_batch_size_per_gpu"] == 32
+    assert settings["gradient_accumulation_steps"] == 2
+
+
+def test_the_engine_clips_where_deepspeed_would_not_tell_the_norm() -> None:
+    assert deepspeed_settings(config(0), "fp32", 1)["gradient_clipping"] == 0.0
+    assert deepspeed_settings(config(0), "bf16", 1)["gradient_clipping"] == 1.0
+    assert deepspeed_settings(config(1), "fp32", 1)["gradient_clipping"] == 1.0
+
+
+def test_deepspeed_takes_every_key() -> None:
+    """DeepSpeed passes over misspelt keys at the top in silence, so each of ours is looked up in its own list."""
+    constants = pytest.importorskip("deepspeed.runtime.constants")
+    known = {v for v in vars(constants).values() if isinstance(v, str)} | {"zero_optimization", "data_types", "bf16"}
+    assert set(deepspeed_settings(config(2), "bf16", 8)) <= known

@@ -1,0 +1,73 @@
+import logging
+
+import pytest
+import torch
+
+from fastgpt.engine.precision import LossScale, resolve_device, resolve_precision
+from fastgpt.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_the_scale_halves_at_an_overflow_and_doubles_after_a_clean_window() -> None:
+    scale = LossScale(scale=8.0, window=3)
+    scale.update(overflow=True)
+    assert scale.scale == 4.0
+    for _ in range(3):
+        scale.update(overflow=False)
+    assert scale.scale == 4.0
+    scale.update(overflow=False)
+    assert scale.scale == 8.0
+    for _ in range(3):
+        scale.update(overflow=False)
+    assert scale.scale == 16.0
+
+
+def test_an_overflow_starts_the_window_anew() -> None:
+    scale = LossScale(scale=8.0, window=2)
+    for overflow in (False, False, True, False, False):
+        scale.update(overflow=overflow)
+    assert scale.scale == 4.0
+
+
+def test_an_overflow_at_the_smallest_scale_is_a_diverged_run() -> None:
+    with pytest.raises(UserError, match="diverged"):
+        LossScale(scale=1.0).update(overflow=True)
+
+
+def test_the_scale_follows_deepspeeds() -> None:
+    """Both engines must scale alike: the same history through DeepSpeed's scaler with the settings it is given."""
+    scaler_module = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    theirs = scaler_module.DynamicLossScaler(
+        init_scale=2.0**6,
+        scale_window=4,
+        min_scale=1.0,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=True,
+        dtype=torch.float16,
+    )
+    ours = LossScale(scale=2.0**6, window=4)
+    history = [False] * 9 + [True, True] + [False] * 3 + [True] + [False] * 13
+    for overflow in history:
+        theirs.update_scale(overflow)
+        ours.update(overflow)
+        assert ours.scale == theirs.cur_scale
+        assert ours.clean == theirs.cur_iter - theirs.last_overflow_iter - 1
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        resolve_precision("fp16", CPU)
+
+
+def test_auto_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        chosen = resolve_precision("auto", CPU)
+    assert chosen in ("fp32", "bf16")
+    assert f"auto: {chosen}, because" in caplog.text
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"engine\.device: cuda:99 asks for GPU 99"):
+        resolve_device("cuda:99")

@@ -1,0 +1,53 @@
+"""One training step on the Triton kernels, in Triton's interpreter where there is no GPU."""
+
+import os
+
+import torch
+
+# before any kernel is defined: a process either interprets or compiles
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fastgpt_kernels import Backend, load_ops
+from torch import Tensor
+
+from fastgpt.config import ModelConfig
+from fastgpt.model import build_model
+from fastgpt.model.heads import language_model_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 80, "context": 37, "vocab_size": 97}
+
+
+def loss_and_gradients(
+    backend: Backend, config: ModelConfig, dtype: torch.dtype, *, checkpointed: bool = False
+) -> dict[str, Tensor]:
+    """The loss of one batch and the gradient of every parameter, in float64 on the CPU."""
+    model = build_model(config, load_ops(backend), seed=3).to(DEVICE, dtype)
+    tokens = torch.randint(config.vocab_size, (2, config.context + 1), generator=torch.Generator().manual_seed(1))
+    logits = model(tokens[:, :-1].to(DEVICE), dropout_seed=9, checkpoint_activations=checkpointed)
+    loss = language_model_loss(logits, tokens[:, 1:].to(DEVICE))
+    loss.backward()
+    results = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+    return {name: tensor.double().cpu() for name, tensor in results.items()}
+
+
+def test_gradients_of_a_triton_step_are_as_close_to_float64_as_twice_pytorch(norm: str) -> None:
+    config = ModelConfig.model_validate(SHAPE | {"norm": norm})
+    oracle = loss_and_gradients("reference", config, torch.float64)
+    theirs = loss_and_gradients("torch", config, torch.float32)
+    ours = loss_and_gradients("triton", config, torch.float32)
+    too_far = {}
+    for name, exact in oracle.items():
+        error, peer_error = ((result[name] - exact).abs().max() for result in (ours, theirs))
+        allowed = 2 * max(peer_error, torch.finfo(torch.float32).eps * exact.abs().max())
+        if not error <= allowed:
+            too_far[name] = f"error {error:.3g}, allowed {allowed:.3g}"
+    assert too_far == {}
+
+
+def test_a_recomputed_triton_step_with_dropout_has_the_same_gradients() -> None:
+    config = ModelConfig.model_validate(SHAPE | {"n_embd": 32, "context": 19, "dropout": 0.2})
+    kept = loss_and_gradients("triton", config, torch.float32)
+    recomputed = loss_and_gradients("triton", config, torch.float32, checkpointed=True)
+    assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []

@@ -1,0 +1,106 @@
+"""Which folder a command works in, and what it goes on from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgpt.config import Config
+from fastgpt.errors import UserError
+from fastgpt.train.folder import keep_resolved, plan, save_config
+
+
+def config(folder: Path, **changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "out": str(folder / "run"),
+        "model": {"n_layer": 1, "n_head": 1, "n_embd": 16, "context": 8, "vocab_size": 300},
+        "data": {"path": "stdlib"},
+        "train": {"steps": 10, "batch_tokens": 16, "micro_batch_size": 2, "lr": 1.0},
+        "engine": {},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return Config.model_validate(tree)
+
+
+def leave_run(folder: Path, settings: Config, step: int) -> None:
+    """A run folder that stands at `step`."""
+    save_config(folder, settings)
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "step": step, "state": {}, "files": {}}))
+
+
+def test_an_empty_folder_is_a_fresh_start(tmp_path: Path) -> None:
+    decision = plan(config(tmp_path))
+    assert (decision.folder, decision.resume, decision.finished) == (tmp_path / "run", False, False)
+
+
+def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 5)
+    decision = plan(config(tmp_path))
+    assert (decision.folder, decision.resume, decision.changes) == (tmp_path / "run", True, ())
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 10)
+    assert plan(config(tmp_path)).finished
+
+
+def test_more_steps_go_on_from_a_finished_run(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 10)
+    decision = plan(config(tmp_path, train__steps=20))
+    assert decision.resume
+    assert decision.changes == ("train.steps was 10, is 20",)
+
+
+def test_another_stage_goes_on_from_an_unfinished_run(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 5)
+    assert plan(config(tmp_path, engine__zero_stage=3)).resume
+
+
+def test_another_run_in_a_finished_folder_gets_its_own_and_finds_it_again(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 10)
+    other = config(tmp_path, train__steps=4)
+    assert plan(other).folder == tmp_path / "run-2"
+    leave_run(tmp_path / "run-2", other, 2)
+    assert plan(other)[:2] == (tmp_path / "run-2", True)
+    third = config(tmp_path, train__steps=2, engine__zero_stage=2)
+    assert plan(third).folder == tmp_path / "run-3"
+    assert plan(config(tmp_path)).finished
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model__n_embd": 32}, "model.n_embd was 16, is 32"),
+        ({"model__norm": "post"}, "model.norm was pre, is post"),
+        ({"train__seed": 3}, "train.seed was 1337, is 3"),
+        ({"train__batch_tokens": 32}, "train.batch_tokens was 16, is 32"),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 5)
+    with pytest.raises(UserError) as caught:
+        plan(config(tmp_path, **change))
+    assert said in str(caught.value)
+
+
+def test_resume_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint"):
+        plan(config(tmp_path), must_resume=True)
+
+
+def test_what_auto_came_to_is_kept(tmp_path: Path) -> None:
+    saved = config(tmp_path, engine__precision="bf16", engine__threads=3)
+    kept = keep_resolved(config(tmp_path), saved)
+    assert (kept.engine.precision, kept.engine.threads) == ("bf16", 3)
+    asked = keep_resolved(config(tmp_path, engine__precision="fp32"), saved)
+    assert asked.engine.precision == "fp32"
+
+
+def test_auto_is_no_change(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path, engine__precision="bf16"), 10)
+    assert plan(config(tmp_path)).finished

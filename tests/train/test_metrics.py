@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+from fastgpt.train.metrics import MetricsFile
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_lines_past_the_checkpoint_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, "".join(f'{{"step": {s}}}\n' for s in range(1, 8)))
+    MetricsFile(path, resume_step=4).close()
+    assert steps(path) == [1, 2, 3, 4]
+
+
+def test_a_torn_last_line_is_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, '{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    metrics = MetricsFile(path, resume_step=9)
+    metrics.write({"step": 3})
+    metrics.close()
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, '{"step": 1}\n{"step": 2}')
+    metrics = MetricsFile(path, resume_step=2)
+    metrics.write({"step": 3})
+    metrics.close()
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_fresh_start_begins_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, '{"step": 1}\n')
+    MetricsFile(path, resume_step=None).close()
+    assert path.read_text() == ""
+
+
+def test_numbers_keep_all_their_digits(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, resume_step=None)
+    loss = 0.1 + 0.2
+    metrics.write({"step": 1, "loss": loss})
+    metrics.close()
+    assert json.loads(path.read_text())["loss"] == loss

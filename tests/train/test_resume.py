@@ -1,0 +1,116 @@
+"""A run that was killed and started again gives the same losses, bit for bit, as one left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Losses = Callable[[Path], dict[tuple[int, str], float]]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+STEPS = 40
+SETTINGS = (f"train.steps={STEPS}", "train.save_every=5", "train.eval_every=10", "train.sample_tokens=0")
+
+
+def launcher(stage: int | None) -> list[str]:
+    alone = [sys.executable, "-m", "fastgpt", "train"]
+    pair = ["torchrun", "--nproc-per-node", "2", "-m", "fastgpt", "train"]
+    return alone if stage is None else pair
+
+
+def kill_at(words: list[str], metrics: Path, lines: int, environment: dict[str, str]) -> None:
+    """Start a command and SIGKILL all its processes once its metrics have so many lines."""
+    process = subprocess.Popen(
+        words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def recorded(run: Path) -> set[tuple[int, str]]:
+    """The whole lines of a file whose last one may be torn."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {(r["step"], r["split"]) for r in records}
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        None,
+        pytest.param(1, marks=[pytest.mark.distributed, pytest.mark.xdist_group("ranks")]),
+        pytest.param(3, marks=[pytest.mark.distributed, pytest.mark.xdist_group("ranks")]),
+    ],
+)
+def test_a_killed_run_ends_as_one_left_alone(
+    stage: int | None, tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
+) -> None:
+    words = [*launcher(stage), str(tiny), *SETTINGS, f"engine.zero_stage={stage or 0}"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    outcome = command(*words, f"out={whole}")
+    undisturbed = losses(whole)
+    assert (STEPS, "train") in undisturbed, outcome.stderr[-3000:]
+
+    again = [*words, f"out={killed}"]
+    chance = random.Random(time.time_ns())
+    first, second = sorted(chance.sample(range(8, STEPS - 4), 2))
+    print("killed after lines", first, second)
+    kill_at(again, killed / "metrics.jsonl", first, environment)
+    assert (STEPS, "train") not in recorded(killed)
+    kill_at(again, killed / "metrics.jsonl", second, environment)
+    command(*again)
+    assert losses(killed) == undisturbed
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(
+    tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    words = [*launcher(None), str(tiny), *SETTINGS, f"out={run}"]
+    kill_at(words, run / "metrics.jsonl", 20, environment)
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    with (newest / "state-00000.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\x55" * 64)
+    outcome = command(*words)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert f"passing over a damaged checkpoint: {newest}" in outcome.stderr
+    whole = tmp_path / "whole"
+    command(*launcher(None), tiny, *SETTINGS, f"out={whole}")
+    assert losses(run) == losses(whole)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    settings = [*SETTINGS, "train.save_every=null"]
+    words = [*launcher(None), str(tiny), *settings, f"out={run}"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 7:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step" in errors
+    assert "Traceback" not in errors
+    outcome = command(*words)
+    assert "going on from" in outcome.stderr
+    command(*launcher(None), tiny, *settings, f"out={whole}")
+    assert losses(run) == losses(whole)
