@@ -83,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for a mistake of the user's, 128 + n after signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Before PyTorch loads OpenMP: threads that wait sleep instead of spinning. On cores shared with anything else,
+    # spinning costs a small model most of its speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(words)
     except UserError as problem:

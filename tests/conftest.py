@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+# as the command line does, and before anything imports PyTorch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # before anything imports Triton: without a GPU its kernels run in the interpreter

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.corpus import prepare_corpus
 from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.evaluation import Evaluation
-from fastgpt.train.folder import Plan, keep_resolved, plan, save_config
+from fastgpt.train.folder import Plan, RunLock, keep_resolved, plan, save_config
 from fastgpt.train.hardware import peak_flops
 from fastgpt.train.loop import train
 from fastgpt.train.recorder import Recorder
@@ -113,9 +114,11 @@ class _Run:
         if checkpoint:
             engine.read(checkpoint.folder)
             log.info("going on from %s", checkpoint.folder)
-        if self.ranks.rank == 0:
-            save_config(folder, self.config)
-        return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, fingerprint)
+        with closing(RunLock(folder)) as lock:
+            self.ranks.on_first(lock.acquire)
+            if self.ranks.rank == 0:
+                save_config(folder, self.config)
+            return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, fingerprint)
 
     def _train(
         self,

@@ -3,6 +3,9 @@
 config.yaml   metrics.jsonl   tensorboard/   checkpoints/   summary.json
 """
 
+import fcntl
+import logging
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +14,8 @@ from fastgpt.checkpoint.store import CheckpointStore
 from fastgpt.config import Config, flatten
 from fastgpt.errors import UserError
 from fastgpt.settings import dump_config, load_config
+
+log = logging.getLogger(__name__)
 
 # What `auto` came to is kept at a resume, for those settings that decide the numbers.
 RESOLVED = {"engine.precision": "auto", "kernels.backend": "auto", "engine.threads": None}
@@ -74,6 +79,37 @@ def keep_resolved(config: Config, saved: Config) -> Config:
         if tree[section][name] == automatic:
             tree[section][name] = old[key]
     return Config.model_validate(tree)
+
+
+class RunLock:
+    """The right to train in a run folder; the system takes it back however the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._handle: int | None = None
+
+    def acquire(self) -> None:
+        """Take it, making the folder if need be.
+
+        Raises:
+            UserError: another process has it.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self._folder}: another process is training in it; wait for it, or choose another 'out'"
+            ) from None
+        except OSError as problem:
+            log.warning("%s: cannot be locked against other processes (%s)", self._folder, problem.strerror)
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 def save_config(folder: Path, config: Config) -> None:

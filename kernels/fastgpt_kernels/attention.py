@@ -59,30 +59,61 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# by compute capability and kernel, then by bits of the dtype and largest head size. No tile spills registers or exceeds the shared memory of
-# sm_80 and sm_90, with and without dropout: compile_report.py shows it. Full-precision float32 products take no tensor
-# cores and many registers, hence the small tiles.
-TILES: dict[str, dict[tuple[int, int], Tiles]] = {
-    "forward": {
-        (16, 64): Tiles(128, 64, 8, 3),
-        (16, 80): Tiles(128, 64, 8, 2),
-        (16, 128): Tiles(128, 32, 8, 3),
-        (32, 64): Tiles(32, 32, 4, 1),
-        (32, 128): Tiles(16, 16, 4, 1),
+# Head sizes that are no multiple of 16 are loaded in small parts, which takes registers: one entry for all of them.
+UNALIGNED = 0
+
+# By least compute capability, then by kernel, then by bits of the dtype and largest head size. No tile spills registers or
+# exceeds the shared memory of its architecture, with and without dropout: compile_report.py shows it. Full-precision
+# float32 products take no tensor cores and many registers, hence the small tiles.
+TILES: dict[int, dict[str, dict[tuple[int, int], Tiles]]] = {
+    90: {
+        "forward": {
+            (16, UNALIGNED): Tiles(128, 16, 8, 2),
+            (16, 96): Tiles(128, 64, 8, 3),
+            (16, 128): Tiles(128, 32, 8, 3),
+            (32, UNALIGNED): Tiles(16, 16, 8, 1),
+            (32, 64): Tiles(32, 32, 8, 1),
+            (32, 128): Tiles(16, 16, 8, 1),
+        },
+        "backward_queries": {
+            (16, UNALIGNED): Tiles(128, 16, 8, 2),
+            (16, 96): Tiles(128, 64, 8, 3),
+            (16, 128): Tiles(128, 32, 8, 3),
+            (32, UNALIGNED): Tiles(16, 16, 8, 1),
+            (32, 128): Tiles(16, 16, 8, 1),
+        },
+        "backward_keys": {
+            (16, UNALIGNED): Tiles(16, 128, 8, 2),
+            (16, 64): Tiles(64, 128, 8, 3),
+            (16, 128): Tiles(32, 128, 8, 3),
+            (32, UNALIGNED): Tiles(16, 16, 8, 1),
+            (32, 48): Tiles(16, 16, 8, 1),
+            (32, 128): Tiles(16, 32, 8, 1),
+        },
     },
-    "backward_queries": {
-        (16, 64): Tiles(128, 64, 8, 3),
-        (16, 128): Tiles(128, 32, 8, 2),
-        (32, 64): Tiles(16, 16, 4, 1),
-        (32, 128): Tiles(16, 16, 8, 1),
-    },
-    "backward_keys": {
-        (16, 64): Tiles(64, 128, 8, 3),
-        (16, 80): Tiles(32, 128, 8, 2),
-        (16, 96): Tiles(16, 128, 8, 2),
-        (16, 128): Tiles(32, 64, 8, 2),
-        (32, 64): Tiles(16, 32, 4, 1),
-        (32, 128): Tiles(16, 16, 4, 1),
+    0: {
+        "forward": {
+            (16, UNALIGNED): Tiles(128, 16, 8, 2),
+            (16, 64): Tiles(128, 64, 8, 2),
+            (16, 128): Tiles(128, 32, 8, 2),
+            (32, UNALIGNED): Tiles(16, 16, 8, 1),
+            (32, 64): Tiles(32, 32, 8, 1),
+            (32, 128): Tiles(16, 16, 8, 1),
+        },
+        "backward_queries": {
+            (16, UNALIGNED): Tiles(128, 16, 8, 2),
+            (16, 128): Tiles(128, 32, 8, 2),
+            (32, UNALIGNED): Tiles(16, 16, 8, 1),
+            (32, 128): Tiles(16, 16, 8, 1),
+        },
+        "backward_keys": {
+            (16, UNALIGNED): Tiles(16, 128, 8, 2),
+            (16, 64): Tiles(64, 128, 8, 2),
+            (16, 128): Tiles(16, 128, 8, 2),
+            (32, UNALIGNED): Tiles(16, 16, 8, 1),
+            (32, 48): Tiles(16, 16, 8, 1),
+            (32, 128): Tiles(16, 32, 8, 1),
+        },
     },
 }
 
@@ -279,7 +310,9 @@ def _backward_keys_kernel(
 
             products = _products(k, k_tail, q, q_tail, TAIL)
             if DIAGONAL:
-                products = tl.where(tl.trans(_visible(first_query, first_key, BLOCK_M, BLOCK_N)), products, float("-inf"))
+                products = tl.where(
+                    tl.trans(_visible(first_query, first_key, BLOCK_M, BLOCK_N)), products, float("-inf")
+                )
             weights = _exp2_of(products, scale_log2, lse[None, :])
             kept = weights
             if seed_ptr is not None:
@@ -489,9 +522,12 @@ def launch_backward(
 
 
 def tiles_for(kernel: str, qkv: Tensor) -> Tiles:
-    """The entry of `TILES` for a tensor's dtype and head size."""
-    bits, head_size = qkv.element_size() * 8, qkv.shape[-1]
-    return next(tiles for (b, largest), tiles in TILES[kernel].items() if b == bits and head_size <= largest)
+    """The entry of `TILES` for a tensor's device, dtype and head size."""
+    bits, D = qkv.element_size() * 8, qkv.shape[-1]
+    head_size = UNALIGNED if D % 16 else D
+    capability = launch.compute_capability(qkv.device)
+    table = next(kernels for least, kernels in TILES.items() if capability >= least)[kernel]
+    return next(tiles for (b, largest), tiles in table.items() if b == bits and head_size <= largest)
 
 
 def pieces(head_size: int) -> tuple[int, int]:

@@ -138,7 +138,12 @@ def compile_case(case: Case, arch: int) -> list[Compiled]:
         )
 
     # always_compile: a kernel from the cache would have no log
-    with knobs.nvidia.scope(), knobs.compilation.scope(), mock.patch.object(JITFunction, "run", compile_only):
+    with (
+        knobs.nvidia.scope(),
+        knobs.compilation.scope(),
+        mock.patch.object(launch, "compute_capability", lambda device: arch),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
         driver.set_active(OfflineDriver(arch))

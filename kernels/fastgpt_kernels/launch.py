@@ -41,6 +41,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """90 for an H100; 0 where there is no such thing."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def partial_sums(device: torch.device, tasks: int) -> int:
     """How many programs share a sum over rows: enough to fill the device, so few that their partial sums are cheap."""
     return min(tasks, 2 * multiprocessors(device))

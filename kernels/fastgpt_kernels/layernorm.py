@@ -193,7 +193,7 @@ def launch_backward(
 def _tile(N: int) -> tuple[int, int, int]:
     """Rows of a tile, its padded columns, and warps."""
     BLOCK = triton.next_power_of_2(N)
-    return max(1, TILE_ELEMENTS // BLOCK), BLOCK, min(16, max(4, BLOCK // 512))
+    return max(1, TILE_ELEMENTS // BLOCK), BLOCK, min(16, max(4, BLOCK // 1024))
 
 
 @torch.library.custom_op("fastgpt::layer_norm", mutates_args=())

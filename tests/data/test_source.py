@@ -1,4 +1,3 @@
-import time
 from collections.abc import Callable
 from itertools import islice
 
@@ -118,14 +117,3 @@ def test_random_tokens_fill_the_vocabulary_and_repeat(counting: TokenShards) -> 
     first = take(source, 3)
     assert np.unique(first).tolist() == list(range(50))
     np.testing.assert_array_equal(np.stack(take(source, 2, start=1)), np.stack(first[1:]))
-
-
-def test_batches_come_at_20m_tokens_a_second_or_more(write_shards: WriteShards) -> None:
-    shards = write_shards(np.random.default_rng(0).integers(280, size=600_000), shard_tokens=200_000)
-    source = ShardSource(shards, 1024, 16, 8, seed=0)
-    best = float("inf")
-    for start in range(8):  # the best of several, as other work on this machine can only slow it down
-        began = time.perf_counter()
-        take(source, 4, start)
-        best = min(best, time.perf_counter() - began)
-    assert 4 * 8 * 16 * 1024 / best > 20e6

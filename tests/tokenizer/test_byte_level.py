@@ -114,18 +114,6 @@ def test_encoding_is_that_of_transformers_with_the_files_of_gpt2(gpt2: Tokenizer
     assert gpt2.encode("Hello world") == [15496, 995]
 
 
-def test_one_core_encodes_100k_tokens_a_second_or_more(real_data: Path) -> None:
-    code = (
-        "import sys, time; from fastgpt.tokenizer import load_tokenizer\n"
-        "bpe, text = load_tokenizer(sys.argv[1]), open(sys.argv[2], encoding='utf-8').read()\n"
-        "bpe.encode('warm'); start = time.process_time(); ids = bpe.encode(text)\n"
-        "print(len(ids) / (time.process_time() - start))"
-    )
-    arguments = [str(real_data / "tokenizers" / "gpt2"), str(real_data / "lm" / "tinyshakespeare" / "input.txt")]
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-    assert float(result.stdout) > 100_000
-
-
 def test_the_fingerprint_is_the_same_for_the_same_tokenizer_and_no_other(small: Tokenizer, tmp_path: Path) -> None:
     small.save(tmp_path)
     code = "import sys; from fastgpt.tokenizer import load_tokenizer; print(load_tokenizer(sys.argv[1]).fingerprint())"

@@ -8,7 +8,7 @@ import pytest
 
 from fastgpt.config import Config
 from fastgpt.errors import UserError
-from fastgpt.train.folder import keep_resolved, plan, save_config
+from fastgpt.train.folder import RunLock, keep_resolved, plan, save_config
 
 
 def config(folder: Path, **changes: Any) -> Config:
@@ -104,3 +104,15 @@ def test_what_auto_came_to_is_kept(tmp_path: Path) -> None:
 def test_auto_is_no_change(tmp_path: Path) -> None:
     leave_run(tmp_path / "run", config(tmp_path, engine__precision="bf16"), 10)
     assert plan(config(tmp_path)).finished
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path / "run"), RunLock(tmp_path / "run")
+    first.acquire()
+    with pytest.raises(UserError, match="another process is training in it"):
+        second.acquire()
+    second.close()
+    first.close()
+    third = RunLock(tmp_path / "run")
+    third.acquire()
+    third.close()
