@@ -143,29 +143,20 @@ def _train(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> int:
     from fastgpt.data.prepare import prepare
+    from fastgpt.data.progress import shown_progress
 
-    last = 0.0
-
-    def progress(documents: int, done: int, total: int | None) -> None:
-        nonlocal last
-        import time
-
-        if time.monotonic() - last >= 2:
-            last = time.monotonic()
-            share = f" ({done / total:.0%})" if total else ""
-            print(f"{documents:,} documents, {done / 1e6:.1f} MB{share}", flush=True)
-
-    manifest = prepare(
-        options.source,
-        options.out,
-        tokenizer=options.tokenizer,
-        vocab_size=options.vocab_size,
-        text_key=options.text_key,
-        validation_fraction=options.validation_fraction,
-        seed=options.seed,
-        workers=options.workers,
-        progress=progress,
-    )
+    with shown_progress(f"preparing {options.source}") as progress:
+        manifest = prepare(
+            options.source,
+            options.out,
+            tokenizer=options.tokenizer,
+            vocab_size=options.vocab_size,
+            text_key=options.text_key,
+            validation_fraction=options.validation_fraction,
+            seed=options.seed,
+            workers=options.workers,
+            progress=progress,
+        )
     for name, split in manifest.splits.items():
         print(f"{name}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text")
     return 0

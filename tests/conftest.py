@@ -14,7 +14,7 @@ import pytest
 # as the command line does, and before anything imports PyTorch
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     # before anything imports Triton: without a GPU its kernels run in the interpreter

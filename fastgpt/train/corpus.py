@@ -1,19 +1,16 @@
 """The token shards that a run trains on: prepared at first use, checked before every use."""
 
-import logging
-import time
 from pathlib import Path
 
 from fastgpt.checkpoint.files import sha256
 from fastgpt.config import Config
 from fastgpt.data.manifest import MANIFEST_FILE
 from fastgpt.data.prepare import prepare_cached
+from fastgpt.data.progress import shown_progress
 from fastgpt.data.shards import TokenShards
 from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import UserError
 from fastgpt.train.display import Display
-
-log = logging.getLogger(__name__)
 
 
 def prepare_corpus(config: Config, ranks: Ranks, display: Display) -> tuple[Path, str]:
@@ -24,7 +21,7 @@ def prepare_corpus(config: Config, ranks: Ranks, display: Display) -> tuple[Path
     """
 
     def work() -> list[str]:
-        folder = _prepared(config, display)
+        folder = _prepared(config)
         shards = TokenShards.open(folder, "train", verify=config.data.verify)
         validation = TokenShards.open(folder, "validation", verify=config.data.verify)
         if shards.vocab_size > config.model.vocab_size:
@@ -45,26 +42,17 @@ def prepare_corpus(config: Config, ranks: Ranks, display: Display) -> tuple[Path
     return Path(folder), fingerprint
 
 
-def _prepared(config: Config, display: Display) -> Path:
+def _prepared(config: Config) -> Path:
     data = config.data
     cache = Path(data.cache) if data.cache else Path(config.out).parent / "cache"
-    last = time.monotonic()
-
-    def progress(documents: int, done: int, total: int | None) -> None:
-        nonlocal last
-        if time.monotonic() - last < 2:
-            return
-        last = time.monotonic()
-        share = f" ({done / total:.0%})" if total else ""
-        display.print(f"preparing {data.path}: {documents:,} documents, {done / 1e6:.1f} MB{share}")
-
-    return prepare_cached(
-        data.path,
-        cache,
-        tokenizer=data.tokenizer,
-        vocab_size=config.model.vocab_size,
-        text_key=data.text_key,
-        validation_fraction=data.validation_fraction,
-        seed=config.train.seed,
-        progress=progress,
-    )
+    with shown_progress(f"preparing {data.path}") as progress:
+        return prepare_cached(
+            data.path,
+            cache,
+            tokenizer=data.tokenizer,
+            vocab_size=config.model.vocab_size,
+            text_key=data.text_key,
+            validation_fraction=data.validation_fraction,
+            seed=config.train.seed,
+            progress=progress,
+        )

@@ -1,6 +1,7 @@
 """The watcher that measures the validation loss and lets the model write a sample."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,9 @@ class Evaluation:
 
     def validate(self, *, tokens: int, learning_rate: float) -> dict[str, Any]:
         """Measure the validation split and record it; every rank takes part and gets the result."""
+        start = time.perf_counter()
         loss, predicted = self._loss()
+        seconds = time.perf_counter() - start
         length = covered_bytes(self._shards, predicted)
         result = {
             "step": self._engine.step,
@@ -62,6 +65,8 @@ class Evaluation:
             "loss": loss,
             "tokens": tokens,
             "learning_rate": learning_rate,
+            "grad_norm": None,
+            "tokens_per_second": predicted / seconds,
             "perplexity": math.exp(min(loss, 700.0)),
             # nats over all predicted tokens, end-of-text tokens included, to bits over the UTF-8 bytes of the text
             "bits_per_byte": loss * predicted / math.log(2) / length,

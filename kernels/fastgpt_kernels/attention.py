@@ -62,9 +62,9 @@ class Tiles(NamedTuple):
 # Head sizes that are no multiple of 16 are loaded in small parts, which takes registers: one entry for all of them.
 UNALIGNED = 0
 
-# By least compute capability, then by kernel, then by bits of the dtype and largest head size. No tile spills registers or
-# exceeds the shared memory of its architecture, with and without dropout: compile_report.py shows it. Full-precision
-# float32 products take no tensor cores and many registers, hence the small tiles.
+# By least compute capability, then by kernel, then by bits of the dtype and largest head size. No tile spills registers
+# or exceeds the shared memory of its architecture, with and without dropout: compile_report.py shows it.
+# Full-precision float32 products take no tensor cores and many registers, hence the small tiles.
 TILES: dict[int, dict[str, dict[tuple[int, int], Tiles]]] = {
     90: {
         "forward": {

@@ -125,11 +125,11 @@ def _bias_gelu_backward_kernel(
 def _value_and_slope(u, TANH: tl.constexpr):
     """GELU of float32 numbers, and its derivative; the compiler drops the one that is not used."""
     if TANH:
-        s = 1.0 / (1.0 + tl.exp(-2.0 * _SQRT_2_OVER_PI * (u + _CUBIC * u * u * u)))
-        dv = _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * u * u)
+        s = 1.0 / (1.0 + tl.exp((u + u * u * u * _CUBIC) * (-2.0 * _SQRT_2_OVER_PI)))
+        dv = (1.0 + u * u * (3.0 * _CUBIC)) * _SQRT_2_OVER_PI
         return u * s, s + u * s * (1.0 - s) * 2.0 * dv
     cdf = 0.5 * (1.0 + tl.erf(u * _SQRT_HALF))
-    return u * cdf, cdf + u * _1_OVER_SQRT_2_PI * tl.exp(-0.5 * u * u)
+    return u * cdf, cdf + u * tl.exp(u * u * -0.5) * _1_OVER_SQRT_2_PI
 
 
 def launch_gelu_forward(x: Tensor, approximate: str) -> Tensor:

@@ -19,7 +19,9 @@ def keep_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
 
     The same seed, shape and device give the same mask. Reading the seed waits for the device.
     """
-    generator = torch.Generator(device=like.device).manual_seed(int(seed.item()))
+    # PyTorch's generator for CPUs takes 32 bits of a seed: let all 64 decide them (Fibonacci hashing, Knuth 3, 6.4)
+    hashed = int(seed.item()) * 0x9E3779B97F4A7C15 % 2**64 >> 32
+    generator = torch.Generator(device=like.device).manual_seed(hashed)
     mask = torch.empty(like.shape, dtype=torch.bool, device=like.device)
     return mask.bernoulli_(1.0 - p, generator=generator)
 

@@ -26,8 +26,8 @@ def output_and_gradients(call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
 def assert_as_close_as_torch(call: Callable[..., Tensor], *inputs: Tensor, ops: Ops) -> None:
     """Compare `call(ops, *inputs)`, its output and all gradients, with the reference in float64.
 
-    The largest error may be twice that of the torch backend on the same inputs; where that is tiny, twice the spacing of
-    the dtype at the largest oracle value.
+    The largest error may be twice that of the torch backend on the same inputs; where that is tiny, twice the spacing
+    of the dtype at the largest oracle value.
     """
     torch_ops, reference = load_ops("torch"), load_ops("reference")
     assert_close(
@@ -41,7 +41,7 @@ def assert_as_close_as_torch(call: Callable[..., Tensor], *inputs: Tensor, ops: 
 def assert_close(
     ours: Sequence[Tensor], theirs: Sequence[Tensor], oracle: Sequence[Tensor], dtypes: Sequence[torch.dtype]
 ) -> None:
-    """Compare results (an output, then gradients) with an oracle, by the error of a peer: see `assert_as_close_as_torch`."""
+    """Compare results, an output and its gradients, with an oracle by the rule of `assert_as_close_as_torch`."""
     names = ["the output", *(f"the gradient of input {i}" for i in range(len(oracle) - 1))]
     for name, our, their, exact, dtype in zip(names, ours, theirs, oracle, dtypes, strict=True):
         error = (our - exact).abs().max().item()
