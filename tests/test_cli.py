@@ -60,7 +60,6 @@ BAD_TRAIN = {
     "an unknown device": ("engine.device=tpu", "engine.device must be one of auto, cpu, cuda, cuda:N, not 'tpu'"),
     "a GPU that is not there": ("engine.device=cuda:7", "engine.device: cuda:7 asks for GPU 7"),
     "fp16 on a CPU": ("engine.precision=fp16", "fp16 needs a GPU"),
-    "Triton without a GPU": ("kernels.backend=triton", "kernels.backend"),
     "an unknown backend": ("kernels.backend=tritn", "Did you mean triton?"),
     "a stage that does not exist": ("engine.zero_stage=4", "engine.zero_stage must be one of 0, 1, 2, 3, not 4"),
     "no such corpus": ("data.path=nowhere.txt", "nowhere.txt"),
@@ -73,11 +72,7 @@ BAD_TRAIN = {
 
 
 @pytest.mark.parametrize(("words", "said"), BAD_TRAIN.values(), ids=BAD_TRAIN.keys())
-def test_a_bad_setting_is_one_line(
-    words: str, said: str, own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # the kernels' tests set it for this process
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_a_bad_setting_is_one_line(words: str, said: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(own.parent)
     line = refused(["train", str(own), *words.split()], capsys)
     assert said in line
@@ -172,6 +167,16 @@ def test_a_corpus_that_changed_under_a_run_is_one_line(own: Path, capsys: pytest
     with (own.parent / "text.jsonl").open("a") as file:
         file.write(json.dumps({"text": "something new"}) + "\n")
     assert "no longer holds" in refused(["train", str(own), "train.steps=3"], capsys)
+
+
+def test_triton_without_a_gpu_is_one_line(own: Path, command: Command) -> None:
+    """In a process of its own: the kernels' tests have loaded Triton's interpreter into this one."""
+    outcome = command(sys.executable, "-m", "fastgpt", "train", own, "kernels.backend=triton")
+    assert outcome.returncode == 2
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("fastgpt: error: kernels.backend: ")
+    assert "Set kernels.backend to 'torch'" in line
+    assert not (own.parent / "run").exists()
 
 
 def test_settings_are_refused_before_anything_heavy_is_imported(own: Path, environment: dict[str, str]) -> None:

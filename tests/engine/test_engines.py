@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.distributed
 
 PROGRAM = Path(__file__).with_name("ranks_program.py")
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")

@@ -28,7 +28,7 @@ def test_bias_gelu_is_as_close_to_the_mathematics_as_torch(shape, dtype, form, d
 
 @pytest.mark.parametrize("form", FORMS)
 def test_far_from_zero_it_is_the_identity_or_zero(form, device, triton_ops):
-    x = torch.tensor([-3e38, -1e4, -40.0, 40.0, 1e4, 3e38], device=device)
+    x = torch.tensor([-1e12, -1e4, -40.0, 40.0, 1e4, 1e12], device=device)
     assert torch.equal(triton_ops.gelu(x, form), x.clamp(min=0.0))
 
 

@@ -176,7 +176,6 @@ def test_shards_and_text_train_alike(data: str, tiny: Path, tmp_path: Path, run:
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_deepspeed_launcher_trains_as_one_process_does(
     stage: int, run: Path, tiny: Path, tmp_path: Path, command: Command, losses: Losses

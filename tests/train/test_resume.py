@@ -52,8 +52,8 @@ def recorded(run: Path) -> set[tuple[int, str]]:
     "stage",
     [
         None,
-        pytest.param(1, marks=[pytest.mark.distributed, pytest.mark.xdist_group("ranks")]),
-        pytest.param(3, marks=[pytest.mark.distributed, pytest.mark.xdist_group("ranks")]),
+        pytest.param(1, marks=pytest.mark.distributed),
+        pytest.param(3, marks=pytest.mark.distributed),
     ],
 )
 def test_a_killed_run_ends_as_one_left_alone(
