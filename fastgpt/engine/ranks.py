@@ -99,8 +99,6 @@ class Ranks:
 def join(launch: Launch, device: torch.device, timeout_minutes: int) -> Ranks:
     """Join the run's process group (gloo on a CPU, NCCL on GPUs) and return its ranks."""
     if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(_free_port())

@@ -59,6 +59,8 @@ def run(config: Config, *, must_resume: bool = False) -> Path:
     kind = engine_kind(config, launch)
     launch = launch or ALONE
     device = resolve_device(config.engine.device, launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
     ranks = join(launch, device, config.engine.timeout_minutes) if kind == "deepspeed" else Ranks()
     try:
         return _Run(config, kind, device, ranks, must_resume=must_resume).go()

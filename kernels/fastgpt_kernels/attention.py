@@ -62,57 +62,42 @@ class Tiles(NamedTuple):
 # Head sizes that are no multiple of 16 are loaded in small parts, which takes registers: one entry for all of them.
 UNALIGNED = 0
 
-# By least compute capability, then by kernel, then by bits of the dtype and largest head size. No tile spills registers
-# or exceeds the shared memory of its architecture, with and without dropout: compile_report.py shows it.
-# Full-precision float32 products take no tensor cores and many registers, hence the small tiles.
-TILES: dict[int, dict[str, dict[tuple[int, int], Tiles]]] = {
+# By kernel, then by bits of the dtype and largest head size, for every GPU; then the 16-bit tiles by least compute
+# capability. No tile spills registers or exceeds the shared memory of its architecture, with and without dropout:
+# compile_report.py shows it. Full-precision float32 products take no tensor cores, hence small tiles.
+TILES: dict[str, dict[tuple[int, int], Tiles]] = {
+    "forward": {
+        (16, UNALIGNED): Tiles(128, 16, 8, 2),
+        (32, UNALIGNED): Tiles(16, 16, 8, 1),
+        (32, 64): Tiles(32, 32, 8, 1),
+        (32, 128): Tiles(16, 16, 8, 1),
+    },
+    "backward_queries": {
+        (16, UNALIGNED): Tiles(128, 16, 8, 2),
+        (32, UNALIGNED): Tiles(16, 16, 8, 1),
+        (32, 128): Tiles(16, 16, 8, 1),
+    },
+    "backward_keys": {
+        (16, UNALIGNED): Tiles(16, 128, 8, 2),
+        (32, UNALIGNED): Tiles(16, 16, 8, 1),
+        (32, 48): Tiles(16, 16, 8, 1),
+        (32, 128): Tiles(16, 32, 8, 1),
+    },
+}
+TILES_BY_CAPABILITY: dict[int, dict[str, dict[tuple[int, int], Tiles]]] = {
     90: {
-        "forward": {
-            (16, UNALIGNED): Tiles(128, 16, 8, 2),
-            (16, 96): Tiles(128, 64, 8, 3),
-            (16, 128): Tiles(128, 32, 8, 3),
-            (32, UNALIGNED): Tiles(16, 16, 8, 1),
-            (32, 64): Tiles(32, 32, 8, 1),
-            (32, 128): Tiles(16, 16, 8, 1),
-        },
-        "backward_queries": {
-            (16, UNALIGNED): Tiles(128, 16, 8, 2),
-            (16, 96): Tiles(128, 64, 8, 3),
-            (16, 128): Tiles(128, 32, 8, 3),
-            (32, UNALIGNED): Tiles(16, 16, 8, 1),
-            (32, 128): Tiles(16, 16, 8, 1),
-        },
-        "backward_keys": {
-            (16, UNALIGNED): Tiles(16, 128, 8, 2),
-            (16, 64): Tiles(64, 128, 8, 3),
-            (16, 128): Tiles(32, 128, 8, 3),
-            (32, UNALIGNED): Tiles(16, 16, 8, 1),
-            (32, 48): Tiles(16, 16, 8, 1),
-            (32, 128): Tiles(16, 32, 8, 1),
-        },
+        "forward": {(16, 96): Tiles(128, 64, 8, 3), (16, 128): Tiles(128, 32, 8, 3)},
+        "backward_queries": {(16, 96): Tiles(128, 64, 8, 3), (16, 128): Tiles(128, 32, 8, 3)},
+        "backward_keys": {(16, 64): Tiles(64, 128, 8, 3), (16, 128): Tiles(32, 128, 8, 3)},
     },
     0: {
-        "forward": {
-            (16, UNALIGNED): Tiles(128, 16, 8, 2),
-            (16, 64): Tiles(128, 64, 8, 2),
-            (16, 128): Tiles(128, 32, 8, 2),
-            (32, UNALIGNED): Tiles(16, 16, 8, 1),
-            (32, 64): Tiles(32, 32, 8, 1),
-            (32, 128): Tiles(16, 16, 8, 1),
-        },
-        "backward_queries": {
-            (16, UNALIGNED): Tiles(128, 16, 8, 2),
-            (16, 128): Tiles(128, 32, 8, 2),
-            (32, UNALIGNED): Tiles(16, 16, 8, 1),
-            (32, 128): Tiles(16, 16, 8, 1),
-        },
+        "forward": {(16, 64): Tiles(128, 64, 8, 2), (16, 128): Tiles(128, 32, 8, 2)},
+        "backward_queries": {(16, 128): Tiles(128, 32, 8, 2)},
         "backward_keys": {
-            (16, UNALIGNED): Tiles(16, 128, 8, 2),
+            (16, 32): Tiles(64, 64, 8, 2),
             (16, 64): Tiles(64, 128, 8, 2),
+            (16, 80): Tiles(16, 128, 8, 1),
             (16, 128): Tiles(16, 128, 8, 2),
-            (32, UNALIGNED): Tiles(16, 16, 8, 1),
-            (32, 48): Tiles(16, 16, 8, 1),
-            (32, 128): Tiles(16, 32, 8, 1),
         },
     },
 }
@@ -482,21 +467,10 @@ def launch_forward(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | N
     out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
     tiles = tiles_for("forward", qkv)
+    shape = (*qkv.stride(), T, H, scale, dropout_p, D, *pieces(D))
     with launch.on_device_of(qkv):
         _forward_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
-            qkv,
-            out,
-            lse,
-            seed,
-            *qkv.stride(),
-            T,
-            H,
-            scale,
-            dropout_p,
-            D,
-            *pieces(D),
-            **tiles._asdict(),
-            **launch.OPTIONS,
+            qkv, out, lse, seed, *shape, **tiles._asdict(), **_options(qkv)
         )
     return out, lse
 
@@ -513,21 +487,28 @@ def launch_backward(
     with launch.on_device_of(qkv):
         # in this order: the kernel for queries leaves delta for the kernel for keys
         _backward_queries_kernel[(triton.cdiv(T, query_tiles.BLOCK_M) * B * H,)](
-            qkv, out, dout, lse, delta, dqkv, seed, *shape, **query_tiles._asdict(), **launch.OPTIONS
+            qkv, out, dout, lse, delta, dqkv, seed, *shape, **query_tiles._asdict(), **_options(qkv)
         )
         _backward_keys_kernel[(triton.cdiv(T, key_tiles.BLOCK_N) * B * H,)](
-            qkv, dout, lse, delta, dqkv, seed, *shape, **key_tiles._asdict(), **launch.OPTIONS
+            qkv, dout, lse, delta, dqkv, seed, *shape, **key_tiles._asdict(), **_options(qkv)
         )
     return dqkv
 
 
 def tiles_for(kernel: str, qkv: Tensor) -> Tiles:
-    """The entry of `TILES` for a tensor's device, dtype and head size."""
+    """The tiles for a tensor's device, dtype and head size."""
     bits, D = qkv.element_size() * 8, qkv.shape[-1]
     head_size = UNALIGNED if D % 16 else D
     capability = launch.compute_capability(qkv.device)
-    table = next(kernels for least, kernels in TILES.items() if capability >= least)[kernel]
-    return next(tiles for (b, largest), tiles in table.items() if b == bits and head_size <= largest)
+    table = next(tables for least, tables in TILES_BY_CAPABILITY.items() if capability >= least)
+    entries = TILES[kernel] | table[kernel]
+    return next(tiles for (b, largest), tiles in entries.items() if b == bits and head_size <= largest)
+
+
+def _options(qkv: Tensor) -> dict[str, Any]:
+    # left alone, the assembler spills some float32 kernels a little for the sake of more programs at a time
+    unspilled = {"maxnreg": 255} if qkv.dtype == torch.float32 and launch.compute_capability(qkv.device) else {}
+    return launch.OPTIONS | unspilled
 
 
 def pieces(head_size: int) -> tuple[int, int]:

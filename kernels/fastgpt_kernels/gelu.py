@@ -2,14 +2,15 @@
 
     y = u Phi(u),  u = x or x + b          Phi: the standard normal distribution, phi its density
     exact:  Phi(u) = (1 + erf(u / sqrt 2)) / 2              y' = Phi(u) + u phi(u)
-    tanh:   Phi(u) ~ (1 + tanh(v)) / 2 = sigmoid(2 v)       y' = s + u s (1 - s) 2 dv/du,  s = sigmoid(2 v)
-            v = sqrt(2 / pi) (u + 0.044715 u^3)
+    tanh:   Phi(u) ~ (1 + tanh(w / 2)) / 2 = sigmoid(w)     y' = s + u s (1 - s) dw/du,  s = sigmoid(w)
+            w = 2 sqrt(2 / pi) (u + 0.044715 u^3)
 
     dx = dy y'(u)        db_n = sum over rows dx_n
 
-The sigmoid form needs one exponential and no tanh, and loses no digits for negative u. The backward of bias_gelu runs a
-fixed number of programs for each block of columns, each with one partial sum of db over its own rows; PyTorch adds
-the partial sums. Nothing is added atomically, so that a repeat on the same device gives the same bits.
+The sigmoid form needs one exponential and no tanh, and loses no digits where s or 1 - s is small. The backward of
+bias_gelu runs a fixed number of programs for each block of columns, each with one partial sum of db over its own
+rows; PyTorch adds the partial sums. Nothing is added atomically, so that a repeat on the same device gives the same
+bits.
 
 Limits: float32, float16, bfloat16; any shape.
 
@@ -125,9 +126,13 @@ def _bias_gelu_backward_kernel(
 def _value_and_slope(u, TANH: tl.constexpr):
     """GELU of float32 numbers, and its derivative; the compiler drops the one that is not used."""
     if TANH:
-        s = 1.0 / (1.0 + tl.exp((u + u * u * u * _CUBIC) * (-2.0 * _SQRT_2_OVER_PI)))
-        dv = (1.0 + u * u * (3.0 * _CUBIC)) * _SQRT_2_OVER_PI
-        return u * s, s + u * s * (1.0 - s) * 2.0 * dv
+        w = (u + u * u * u * _CUBIC) * (2.0 * _SQRT_2_OVER_PI)
+        # from exp(-|w|) both s and 1 - s come without cancellation, and nothing overflows
+        e = tl.exp(-tl.abs(w))
+        larger = 1.0 / (1.0 + e)
+        s = tl.where(w < 0.0, e * larger, larger)
+        dw = (1.0 + u * u * (3.0 * _CUBIC)) * (2.0 * _SQRT_2_OVER_PI)
+        return u * s, s + u * dw * (e * larger * larger)
     cdf = 0.5 * (1.0 + tl.erf(u * _SQRT_HALF))
     return u * cdf, cdf + u * tl.exp(u * u * -0.5) * _1_OVER_SQRT_2_PI
 
