@@ -76,8 +76,8 @@ def test_it_is_as_close_to_the_mathematics_as_torch(shape, dtype, device, triton
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", GPU_SHAPES)
-def test_it_is_as_close_at_length(shape, dtype):
-    assert_as_close_as_torch(attend, packed(*shape, dtype, "cuda"), ops=load_ops("triton"))
+def test_it_is_as_close_at_length(shape, dtype, device, triton_ops):
+    assert_as_close_as_torch(attend, packed(*shape, dtype, device), ops=triton_ops)
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import inspect
 import logging
 import os
 import subprocess
@@ -24,8 +25,6 @@ def test_a_backend_brings_every_operation(backend):
 
 
 def test_backends_share_their_names_and_defaults():
-    import inspect
-
     for operation in Ops._fields[1:]:
         signatures = {
             str(inspect.signature(getattr(load_ops(backend), operation)))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from fastgpt_kernels import UnsupportedInput, gelu
+from fastgpt_kernels import UnsupportedInput, gelu, load_ops
 from fastgpt_kernels.testing import assert_as_close_as_torch, output_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,11 +35,17 @@ def test_far_from_zero_it_is_the_identity_or_zero(form, device, triton_ops):
 @settings(max_examples=20, deadline=None)
 @given(x=st.floats(-20.0, 20.0, width=32))
 def test_gelu_of_x_less_gelu_of_minus_x_is_x(x):
-    from fastgpt_kernels import load_ops
-
     both = torch.tensor([x, -x], device="cuda" if torch.cuda.is_available() else "cpu")
     y = load_ops("triton").gelu(both)
     torch.testing.assert_close(y[0] - y[1], both[0])
+
+
+def test_the_bias_gradient_is_summed_before_rounding(device, triton_ops):
+    x, bias = torch.randn(9, 40, device=device).half(), torch.randn(40, device=device)
+    out, dx, dbias = output_and_gradients(triton_ops.bias_gelu, [x, bias])
+    exact = output_and_gradients(triton_ops.bias_gelu, [x.float(), bias])
+    assert torch.equal(out, exact[0].half().double()) and torch.equal(dx, exact[1].half().double())
+    assert torch.equal(dbias, exact[2])
 
 
 def test_views_are_taken(device, triton_ops):
