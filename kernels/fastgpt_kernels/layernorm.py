@@ -10,10 +10,11 @@ For each row x of N columns, with weight w and bias b:
     dw_n = sum over rows dy_n h_n
     db_n = sum over rows dy_n
 
-The forward holds a row in registers and takes the variance from the centred values; it keeps mean and rstd. The
-backward runs a fixed number of programs, each over its own rows, with one partial sum of dw and db each; PyTorch adds
-the partial sums. Nothing is added atomically, so that a repeat on the same device gives the same bits. Rows too wide
-for the registers to hold those sums as well are read a second time, by a kernel over blocks of columns.
+The forward holds a row in registers, takes the variance from the centred values and corrects the mean by their sum;
+it keeps mean and rstd. The backward runs a fixed number of programs, each over its own rows, with one partial sum of
+dw and db each; PyTorch adds the partial sums. Nothing is added atomically, so that a repeat on the same device gives
+the same bits. Rows too wide for the registers to hold those sums as well are read a second time, by a kernel over
+blocks of columns.
 
 Limits: up to 16,384 columns; x in float32, float16 or bfloat16, weight and bias in any of the three.
 
@@ -62,7 +63,11 @@ def _forward_kernel(
     mean = tl.sum(x, 1) / N
     # padding lanes hold 0, not mean: unmasked they would add mean^2 to the variance
     centred = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / N + eps)
+    # what the first sum lost by rounding, which counts where the mean is large beside the spread
+    rest = tl.sum(centred, 1) / N
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / N - rest * rest + eps)
+    centred -= rest[:, None]
+    mean += rest
     weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     y = centred * rstd[:, None] * weight[None, :] + bias[None, :]

@@ -4,8 +4,8 @@ Nothing here is fast. Gradients come from autograd; `torch.autograd.gradcheck` c
 
     attention   softmax(scale Q K^T, over j <= i) V                     Vaswani et al. 2017, section 3.2
     layer norm  (x - mean) / sqrt(variance + eps) * weight + bias       Ba, Kiros and Hinton 2016, section 3
-    GELU        x Phi(x); tanh form: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
-                                                                        Hendrycks and Gimpel 2016, section 2
+    GELU        x Phi(x) = x/2 erfc(-x / sqrt 2)                        Hendrycks and Gimpel 2016, section 2
+      tanh form x/2 (1 + tanh v) = x sigmoid(2 v), v = sqrt(2/pi) (x + 0.044715 x^3)
     dropout     x / (1 - p) with probability 1 - p, else 0              Srivastava et al. 2014, section 10
 """
 
@@ -47,8 +47,9 @@ def gelu(x: Tensor, approximate: Approximate = "tanh") -> Tensor:
     """x times the probability that a standard normal variable is below it; x has any shape."""
     raise_if_any(checks.against_gelu(x, approximate), "gelu", "reference", REMEDY)
     if approximate == "tanh":
-        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
+        # not 1 + tanh, nor 1 + erf below, which cancel far below zero
+        return x * torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))
+    return 0.5 * x * torch.erfc(-x / math.sqrt(2.0))
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:

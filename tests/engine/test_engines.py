@@ -158,3 +158,24 @@ def test_gradients_were_clipped(results: Results) -> None:
 
 def test_every_loss_is_finite(results: Results) -> None:
     assert all(math.isfinite(u["loss"]) and u["applied"] for r in results.values() for u in r["updates"])
+
+
+def test_a_lock_left_by_a_killed_start_holds_up_nobody(
+    tmp_path: Path, environment: dict[str, str], results: Results
+) -> None:
+    """DeepSpeed's own start on a CPU would compile an operation, and wait for ever for whoever seems to compile it."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    wanted, written = tmp_path / "scenarios.json", tmp_path / "results.json"
+    scenario = {"name": "one", "kind": "deepspeed", "stage": 1, "precision": "fp32", "steps": 1}
+    wanted.write_text(json.dumps([scenario]))
+    subprocess.run(
+        ["torchrun", "--nproc-per-node", "2", PROGRAM, wanted, written],
+        env=environment | {"TORCH_EXTENSIONS_DIR": str(lock.parents[1])},
+        capture_output=True,
+        timeout=120,
+    )
+    assert json.loads(written.read_text())["one"]["updates"][0]["loss"] == pytest.approx(
+        results["single-fp32"]["updates"][0]["loss"], abs=1e-5
+    )

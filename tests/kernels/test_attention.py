@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [  # B, T, H, D
-    (1, 1, 1, 16),
-    (2, 2, 3, 40),
+    (32, 1, 1, 16),
+    (8, 2, 3, 40),
     (1, 17, 2, 64),
     (2, 33, 1, 24),
     (1, 127, 1, 80),
@@ -85,7 +85,8 @@ def test_it_is_as_close_at_length(shape, dtype, device, triton_ops):
 @pytest.mark.parametrize("D", [16, 40, 64, 80, 96, 128])
 @pytest.mark.parametrize("T", [1, 2, 17, 127, 129])
 def test_it_is_as_close_for_every_length_and_head_size(T, D, dtype, device, triton_ops):
-    assert_as_close_as_torch(attend, packed(2, T, 2, D, dtype, device), ops=triton_ops)
+    # short sequences in large batches: the largest of a few rounding errors says little about either side
+    assert_as_close_as_torch(attend, packed(max(2, 64 // T), T, 2, D, dtype, device), ops=triton_ops)
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
@@ -108,9 +109,14 @@ def test_output_and_gradient_are_dense(device, triton_ops):
     assert out.is_contiguous() and qkv.grad.is_contiguous()
 
 
-def test_scores_far_apart_neither_overflow_nor_vanish(device, triton_ops):
-    qkv = 6.0 * packed(1, 40, 1, 64, device=device)
-    assert_as_close_as_torch(attend, qkv, ops=triton_ops)
+def test_scores_far_apart_neither_overflow_nor_lose_digits(device, triton_ops):
+    qkv = 30.0 * packed(1, 40, 1, 64, device=device)  # scores in the thousands
+    ours, theirs, oracle = (
+        output_and_gradients(ops.causal_attention, [x])
+        for ops, x in ((triton_ops, qkv), (load_ops("torch"), qkv), (load_ops("reference"), qkv.double().cpu()))
+    )
+    assert_close(ours[:1], theirs[:1], oracle[:1], [torch.float32])
+    assert ours[1].isfinite().all()
 
 
 @settings(max_examples=8, deadline=None)

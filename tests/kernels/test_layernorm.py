@@ -61,7 +61,7 @@ def test_a_row_of_equal_numbers_becomes_the_bias(device, triton_ops):
     assert torch.equal(out, bias.expand(2, 33))
 
 
-@pytest.mark.parametrize("shape", [(70, 130), (300, 4097)])
+@pytest.mark.parametrize("shape", [(70, 130), (70, 4097)])
 def test_a_repeat_gives_the_same_bits(shape, device, triton_ops):
     tensors = inputs(shape, torch.float16, device)
     first, second = (output_and_gradients(triton_ops.layer_norm, tensors) for _ in range(2))
