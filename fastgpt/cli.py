@@ -1,6 +1,7 @@
 """The command line: parse, load the settings, import the command that is asked for."""
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -86,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before PyTorch loads OpenMP: threads that wait sleep instead of spinning. On cores shared with anything else,
     # spinning costs a small model most of its speed.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal that cannot show a character is no reason to stop
     try:
         return _run(words)
     except UserError as problem:
@@ -97,6 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # whoever read our output has gone; nothing more can be said to them
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as problem:
+        # a file or folder that cannot be used: the system's own words say why
+        where = f"{problem.filename}: " if problem.filename else ""
+        _tell(UserError(f"{where}{problem.strerror or problem}"))
+        return 2
 
 
 def _run(words: list[str]) -> int:
@@ -181,7 +192,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
 
 
 def _log_to_stderr() -> None:

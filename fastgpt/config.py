@@ -28,11 +28,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The shape of a GPT: `norm: post` is GPT-1's block, `norm: pre` GPT-2's."""
 
-    n_layer: Positive
-    n_head: Positive
-    n_embd: Positive
-    context: Positive
-    vocab_size: Positive
+    n_layer: Annotated[int, Field(ge=1, le=1000)]
+    n_head: Annotated[int, Field(ge=1, le=1024)]
+    n_embd: Annotated[int, Field(ge=1, le=65536)]
+    context: Annotated[int, Field(ge=1, le=2**20)]
+    vocab_size: Annotated[int, Field(ge=1, le=2**22)]
     norm: Literal["pre", "post"] = "pre"
     dropout: Probability = 0.0
 
@@ -57,7 +57,7 @@ class DataConfig(Section):
     cache: Text | None = None
     """Where prepared text is kept; by default a folder `cache` beside the run folders."""
     text_key: Text = "text"
-    validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
+    validation_fraction: Annotated[float, Field(ge=1e-6, le=0.5)] = 0.01
     verify: bool = True
     """Check the SHA-256 of every token shard before training on it."""
 
@@ -65,22 +65,23 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How it is trained."""
 
-    steps: Positive
-    batch_tokens: Positive
+    steps: Annotated[int, Field(ge=1, le=10**9)]
+    batch_tokens: Annotated[int, Field(ge=1, le=2**31)]
     """Tokens of one update, over all ranks and accumulation steps."""
-    micro_batch_size: Positive
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Sequences of one forward pass on one rank."""
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "gpt1", "constant"] = "cosine"
     warmup_steps: NotNegative = 0
+    """Updates of linear warm-up; a run that ends before has only begun to warm up, as a trial of a long run does."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Probability = 0.9
     beta2: Probability = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null leaves gradients as they are."""
-    seed: NotNegative = 1337
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     activation_checkpointing: bool = False
     eval_every: Positive | None = None
     """Updates between two validations; null validates at the start and the end only."""
@@ -102,7 +103,7 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of each rank; null shares the cores between the ranks of this host."""
     reduce_bucket_size: Positive = 500_000_000
     """Gradient elements that DeepSpeed reduces at once."""
@@ -147,12 +148,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> "Config":
-        if self.train.warmup_steps > self.train.steps:
-            raise broken(
-                "train.warmup_steps",
-                f"must be at most train.steps ({self.train.steps}), not {self.train.warmup_steps}",
-            )
+    def _floor_is_below_the_peak(self) -> "Config":
         if self.train.min_lr > self.train.lr:
             raise broken("train.min_lr", f"must be at most train.lr ({self.train.lr}), not {self.train.min_lr}")
         return self

@@ -20,14 +20,23 @@ class Launch(NamedTuple):
         """What the launcher said, or None where no launcher started this process."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
-        world_size = int(os.environ["WORLD_SIZE"])
+        world_size = _number("WORLD_SIZE", least=1)
+        # the `deepspeed` launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
+        local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), None)
         return cls(
-            rank=int(os.environ["RANK"]),
+            rank=_number("RANK"),
             world_size=world_size,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            # the `deepspeed` launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))),
+            local_rank=_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0,
+            local_world_size=_number(local, least=1) if local else world_size,
         )
+
+
+def _number(variable: str, least: int = 0) -> int:
+    """An environment variable that a launcher sets."""
+    text = os.environ[variable]
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"the environment variable {variable} must be an integer of at least {least}, not '{text}'")
+    return int(text)
 
 
 ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)

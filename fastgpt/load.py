@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.checkpoint.files import sha256
+from fastgpt.checkpoint.files import open_to_readers, sha256
 from fastgpt.checkpoint.manifest import NAME as MANIFEST
 from fastgpt.checkpoint.manifest import read_manifest
 from fastgpt.checkpoint.store import LATEST
@@ -44,6 +44,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    open_to_readers(folder / WEIGHTS)
     settings = {"model_type": MODEL_TYPE, **config.model_dump()}
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:

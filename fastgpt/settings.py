@@ -92,9 +92,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(problem, "problem", None) or str(problem).splitlines()[0]
         raise UserError(f"{where}: not valid YAML: {reason}") from None
-    except ValueError as problem:
-        if isinstance(problem, UserError):
-            raise
+    except UserError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError) as problem:
+        # what PyYAML's constructors raise for a value that does not fit its tag
         raise UserError(f"{path}: not valid YAML: {problem}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply to be settings") from None
@@ -143,7 +144,7 @@ def _value(key: Key, text: str) -> Any:
         return None if text == "null" and expected(key).endswith("or null") else text
     try:
         return yaml.load(text, Loader=_Loader) if text else ""
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError):
         raise UserError(f"command line: {'.'.join(key)} cannot be read from '{text}'") from None
 
 

@@ -53,7 +53,7 @@ def tree(folder: Path) -> set[str]:
 # words after `train CONFIG`, and what the line must say
 BAD_TRAIN = {
     "a misspelt key": ("train.stepz=3", "train.stepz is not a setting. Did you mean train.steps?"),
-    "a wrong type": ("train.steps=few", "train.steps must be an integer of at least 1, not 'few'"),
+    "a wrong type": ("train.lr=high", "train.lr must be a number above 0, not 'high'"),
     "heads that do not divide": ("model.n_head=3", "must be a multiple of model.n_head (3)"),
     "a batch that is not whole": ("train.batch_tokens=500", "must be a multiple of train.micro_batch_size x"),
     "a vocabulary below bytes": ("model.vocab_size=200", "vocab"),
@@ -65,6 +65,7 @@ BAD_TRAIN = {
     "no such corpus": ("data.path=nowhere.txt", "nowhere.txt"),
     "no such tokenizer": ("data.tokenizer=nowhere", "nowhere"),
     "a context longer than the text": ("model.context=65536 train.batch_tokens=131072", "context"),
+    "a number of steps without end": ("train.steps=1000000000000000000000000000000", "train.steps must be"),
     "a word that is no setting": ("faster", "'faster' is not a setting of the form key.sub=value"),
     "an option that does not exist": ("--fast", "--fast is not an argument"),
     "resume of nothing": ("--resume", "no checkpoint"),
@@ -166,7 +167,7 @@ def test_a_corpus_that_changed_under_a_run_is_one_line(own: Path, capsys: pytest
     assert main(["train", str(own), "train.steps=2"]) == 0
     with (own.parent / "text.jsonl").open("a") as file:
         file.write(json.dumps({"text": "something new"}) + "\n")
-    assert "no longer holds" in refused(["train", str(own), "train.steps=3"], capsys)
+    assert "no longer gives the tokens" in refused(["train", str(own), "train.steps=3"], capsys)
 
 
 def test_triton_without_a_gpu_is_one_line(own: Path, command: Command) -> None:
@@ -211,6 +212,20 @@ def test_only_rank_0_speaks_of_what_every_rank_sees(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["--local_rank=1", "train", str(own), "train.stepz=1"]) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("out", ["text.jsonl", "text.jsonl/run", "x" * 300])
+def test_a_run_folder_that_cannot_be_is_one_line(out: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert out in refused(["train", str(own), f"out={own.parent / out}"], capsys)
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two")])
+def test_a_launchers_variable_that_is_no_number_is_one_line(
+    name: str, value: str, own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, good in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(variable, value if variable == name else good)
+    assert f"{name} must be an integer" in refused(["train", str(own)], capsys)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,8 @@ def run(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> Path:
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
     for step in (1, 2):
         state = {name: tensor + step for name, tensor in model.state_dict().items()}
-        store.save(step, {}, lambda p, s=state: save_model(p / "model", s, model.config, tokenizer), OneRank())
+        write = lambda p, s=state: save_model(p / "model", s, model.config, tokenizer)  # noqa: E731
+        store.save(step, {}, [write], OneRank())
     return tmp_path / "run"
 
 

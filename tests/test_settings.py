@@ -106,7 +106,6 @@ IN_FILE = {
         GOOD.replace("batch_tokens: 64", "batch_tokens: 65"),
         ":12: train.batch_tokens must be a multiple of train.micro_batch_size x model.context (2 x 16 = 32), not 65",
     ),
-    "a warm-up longer than the run": (GOOD + "  warmup_steps: 4\n", ":15: train.warmup_steps must be at most"),
     "a floor above the rate": (GOOD + "  min_lr: 1\n", ":15: train.min_lr must be at most train.lr"),
     "an unknown word of a choice": (
         GOOD + "engine:\n  precision: bf61\n",
@@ -125,6 +124,8 @@ IN_FILE = {
     "an empty name": (GOOD.replace("runs/x", "''"), ":1: out must be text, not empty"),
     "a key set twice": (GOOD + "out: b\n", ":15: out is set twice (first at"),
     "broken YAML": (GOOD + "engine: {kind: [\n", ":16: not valid YAML"),
+    "a value that does not fit its tag": (GOOD.replace("runs/x", "!!bool z"), "not valid YAML"),
+    "more layers than anybody has": (GOOD.replace("n_layer: 2", "n_layer: 100000"), "model.n_layer must be an integer"),
     "a tab": (GOOD + "engine:\n\tkind: auto\n", ":16: not valid YAML"),
     "an empty file": ("", "the file is empty"),
     "a list": ("- 1\n", ":1: the file must hold 'key: value' settings"),
@@ -147,7 +148,7 @@ def test_a_mistake_in_the_file_is_told_with_its_line(text: str, said: str, tmp_p
     [
         ("train.stepz=3", "command line: train.stepz is not a setting. Did you mean train.steps?"),
         ("steps=3", "command line: steps is not a setting. Did you mean train.steps?"),
-        ("train.steps=0", "command line: train.steps must be an integer of at least 1, not 0."),
+        ("train.steps=0", "command line: train.steps must be an integer of at least 1 and at most 1000000000, not 0."),
         ("train.steps", "command line: 'train.steps' is not a setting of the form key.sub=value."),
         ("train=3", "command line: train is not a setting."),
         ("train.lr=[", "command line: train.lr cannot be read from '['"),

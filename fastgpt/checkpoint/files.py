@@ -30,6 +30,13 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def open_to_readers(path: Path) -> None:
+    """Give a file the mode that the user's umask asks for: safetensors writes files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:

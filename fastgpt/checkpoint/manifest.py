@@ -60,6 +60,8 @@ def verify(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     for name, facts in manifest.files.items():
         path = folder / name
+        if not isinstance(facts, dict) or {"bytes", "sha256"} - set(facts):
+            raise UserError(f"{folder / NAME}: files.{name} must hold bytes and sha256")
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{folder / NAME}: {name} lies outside the checkpoint")
         if not path.is_file():

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgpt.checkpoint.files import open_to_readers
 from fastgpt.errors import UserError
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -45,7 +46,9 @@ def write_slices(folder: Path, rank: int, slices: Iterable[Slice]) -> None:
         index.append(
             {"tensor": key, "parameter": piece.parameter, "kind": piece.kind, "start": piece.start, "stop": stop}
         )
-    save_file(tensors, folder / f"state-{rank:05d}.safetensors")
+    path = folder / f"state-{rank:05d}.safetensors"
+    save_file(tensors, path)
+    open_to_readers(path)
     (folder / f"state-{rank:05d}.json").write_text(json.dumps(index))
 
 

@@ -9,7 +9,7 @@ A checkpoint is built in `.partial-step-...`, flushed to the disk, given its man
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from fastgpt.checkpoint.files import sync, sync_tree, write_atomically
 from fastgpt.checkpoint.manifest import Manifest, describe, read_manifest, verify, write_manifest
-from fastgpt.errors import UserError
+from fastgpt.errors import SharedError, UserError
 
 LATEST = "latest"
 log = logging.getLogger(__name__)
@@ -54,14 +54,18 @@ class CheckpointStore:
         """Names of the committed checkpoints, oldest first."""
         return sorted(p.name for p in self.folder.glob("step-*") if p.is_dir())
 
-    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None], ranks: Barrier) -> Path:
+    def save(self, step: int, state: dict[str, Any], writes: Sequence[Callable[[Path], None]], ranks: Barrier) -> Path:
         """Commit a checkpoint; every rank of the run calls this together.
 
         Args:
             step: updates done.
             state: JSON values kept in the manifest (rank 0's count).
-            write: writes this rank's files into the folder it is given.
+            writes: each writes files of this rank's into the folder it is given. The ranks wait for each other after
+                each one, and where one has failed none goes on to the next, which may be collective.
             ranks: the ranks that save together.
+
+        Raises:
+            SharedError: a rank could not write; earlier checkpoints are untouched.
         """
         name = f"step-{step:08d}"
         partial, final = self.folder / f".partial-{name}", self.folder / name
@@ -70,17 +74,20 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         ranks.barrier()
-        parts = ranks.gather(_write_and_describe(partial, write, ranks.rank))
-        problems = [f"rank {rank}: {part['problem']}" for rank, part in enumerate(parts) if "problem" in part]
-        if problems:
-            if ranks.rank == 0:
-                shutil.rmtree(partial)
-            raise UserError(
-                f"{final}: cannot be written ({'; '.join(problems)}). "
-                "Earlier checkpoints are untouched; the same command goes on from the newest"
-            )
+        for write in writes:
+            outcomes = ranks.gather(_attempt(write, partial))
+            problems = [f"rank {rank}: {problem}" for rank, problem in enumerate(outcomes) if problem]
+            if problems:
+                if ranks.rank == 0:
+                    shutil.rmtree(partial)
+                raise SharedError(
+                    f"{final}: cannot be written ({'; '.join(problems)}). "
+                    "Earlier checkpoints are untouched; the same command goes on from the newest"
+                )
+        # all have written, so that no temporary file of another rank's can be among the names
+        parts = ranks.gather(_describe_own(partial, ranks.rank))
         if ranks.rank == 0:
-            files = {path: facts for part in parts for path, facts in part["files"].items()}
+            files = {path: facts for part in parts for path, facts in part.items()}
             write_manifest(partial, Manifest(step, state, files))
             sync_tree(partial)
             if final.exists():
@@ -88,7 +95,7 @@ class CheckpointStore:
             partial.rename(final)
             sync(self.folder)
             write_atomically(self.folder / LATEST, name + "\n")
-            self._forget_old()
+            self._forget_others(name)
         ranks.barrier()
         return final
 
@@ -129,25 +136,32 @@ class CheckpointStore:
                 continue
         return 0
 
-    def _forget_old(self) -> None:
-        for name in self.names()[: -self._keep]:
+    def _forget_others(self, newest: str) -> None:
+        """Drop what is older than `keep` checkpoints, and later steps: the run went back past them as damaged."""
+        names = self.names()
+        kept = [name for name in names if name <= newest][-self._keep :]
+        for name in set(names) - set(kept):
             # renamed first, so that a crash in the middle leaves no half-deleted checkpoint under a good name
             doomed = self.folder / f".partial-old-{name}"
             (self.folder / name).rename(doomed)
             shutil.rmtree(doomed)
 
 
-def _write_and_describe(folder: Path, write: Callable[[Path], None], rank: int) -> dict[str, Any]:
-    """Write one rank's files and hash them; what went wrong is handed to all ranks, so that none waits for ever."""
+def _attempt(write: Callable[[Path], None], folder: Path) -> str | None:
+    """Write, and say what went wrong: it is told to all ranks, so that none waits for ever."""
     try:
         write(folder)
-        # the files' names carry the rank that wrote them; what belongs to no rank is rank 0's
-        mine = sorted(p for p in folder.rglob("*") if p.is_file() and _writer(p) == rank)
-        for path in mine:
-            sync(path)
-        return {"files": describe(folder, mine)}
     except (OSError, SafetensorError) as problem:
-        return {"problem": str(problem)}
+        return str(problem)
+    return None
+
+
+def _describe_own(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Flush and hash this rank's files: their names carry its number, and those without a number are rank 0's."""
+    mine = sorted(p for p in folder.rglob("*") if p.is_file() and _writer(p) == rank)
+    for path in mine:
+        sync(path)
+    return describe(folder, mine)
 
 
 def _writer(path: Path) -> int:

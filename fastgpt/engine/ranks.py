@@ -79,7 +79,7 @@ class Ranks:
         if self.rank == 0:
             try:
                 outcome = {"value": work()}
-            except UserError as problem:
+            except (UserError, OSError) as problem:
                 if self.world_size == 1:
                     raise
                 outcome = {"problem": str(problem)}

@@ -200,7 +200,7 @@ def _import_deepspeed(device: torch.device) -> Any:
             "or start without a launcher and with engine.kind=single"
         ) from None
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # On a CPU DeepSpeed compiles an all-reduce for inference at its start. Training has no use for it, it takes a minute,
-    # and a process killed meanwhile leaves a lock file behind that every later start would wait for, for ever.
+    # On a CPU DeepSpeed compiles an all-reduce for inference at its start. Training has no use for it, it takes a
+    # minute, and a process killed meanwhile leaves a lock file behind that every later start would wait for, for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -19,7 +19,7 @@ from fastgpt.engine.base import Engine
 from fastgpt.engine.precision import resolve_device, resolve_precision
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
-from fastgpt.errors import UserError
+from fastgpt.errors import SharedError, UserError
 from fastgpt.launch import ALONE, Launch, engine_kind
 from fastgpt.load import save_model
 from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
@@ -58,6 +58,10 @@ def run(config: Config, *, must_resume: bool = False) -> Path:
     launch = Launch.from_environment()
     kind = engine_kind(config, launch)
     launch = launch or ALONE
+    if ":" in config.engine.device and launch.local_world_size > 1:
+        raise SharedError(
+            f"engine.device: {config.engine.device} would put all {launch.local_world_size} ranks on one GPU; use cuda"
+        )
     device = resolve_device(config.engine.device, launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
@@ -105,10 +109,11 @@ class _Run:
         validation = TokenShards.open(prepared, "validation", verify=False)
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
         checkpoint = self._checkpoint(store)
-        if checkpoint and checkpoint.state["data"] != fingerprint:
+        if checkpoint and checkpoint.state.get("data") != fingerprint:
             raise UserError(
-                f"data.path: {self.config.data.path} no longer holds what the run in {folder} was trained on; "
-                "restore it, or choose another 'out'"
+                f"data.path: {self.config.data.path} no longer gives the tokens that the run in {folder} was "
+                "trained on: its text, data.text_key, data.tokenizer or data.validation_fraction has changed. "
+                "Restore it, or choose another 'out'"
             )
 
         source = self._source(training)
@@ -174,16 +179,18 @@ class _Run:
 
     def _resolved(self, config: Config) -> Config:
         """The settings with nothing left on `auto` that decides the numbers."""
+        asked = config.engine.threads
         if self.plan.saved:
             config = keep_resolved(config, self.plan.saved)
         backend = load_ops(config.kernels.backend).name
         precision = resolve_precision(config.engine.precision, self.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // self.ranks.local_world_size)
-        threads = config.engine.threads or share
-        if self.plan.saved and threads > share:
-            # the run was started with fewer ranks on a host; keeping its threads would crowd the cores
-            threads = share
+        threads = asked or share
+        if not asked and config.engine.threads and config.engine.threads <= share:
+            threads = (
+                config.engine.threads
+            )  # as the run was started; with more ranks on a host the cores are shared anew
         torch.set_num_threads(threads)
         tree = config.model_dump()
         tree["kernels"]["backend"] = backend

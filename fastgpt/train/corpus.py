@@ -30,8 +30,14 @@ def prepare_corpus(config: Config, ranks: Ranks, display: Display) -> tuple[Path
                 f"({shards.vocab_size}); it must be at least {shards.vocab_size}"
             )
         for split in (shards, validation):
-            if len(split) < 2:
+            if len(split) < 2 or not split.bytes:
                 raise UserError(f"{folder}: its {split.split} split has {len(split)} tokens; give more text")
+        tokenizer = shards.tokenizer()
+        if tokenizer.vocab_size > shards.vocab_size:
+            raise UserError(
+                f"{folder}: its tokenizer has {tokenizer.vocab_size} entries and its manifest says "
+                f"{shards.vocab_size}; prepare the text again"
+            )
         display.print(
             f"data: {len(shards):,} training tokens, {len(validation):,} validation tokens "
             f"({shards.documents:,} and {validation.documents:,} documents) in {folder}"

@@ -30,6 +30,18 @@ _FIXED = (
     "train.seed",
     "train.batch_tokens",
 )
+# These change nothing in what is computed.
+_NO_MATTER = (
+    "out",
+    "data.cache",
+    "data.verify",
+    "engine.threads",
+    "engine.timeout_minutes",
+    "engine.reduce_bucket_size",
+    "engine.overlap_comm",
+    "train.keep",
+    "train.save_every",
+)
 
 
 class Plan(NamedTuple):
@@ -52,22 +64,28 @@ def plan(config: Config, *, must_resume: bool = False) -> Plan:
         UserError: the run in the folder cannot go on with these settings, or `must_resume` and there is none.
     """
     base = Path(config.out)
+    if not base.name:
+        base = base.absolute()
     number = 1
     while True:
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        step = CheckpointStore(folder / "checkpoints").newest_step()
-        saved = _saved(folder) if step else None
-        if saved is None:
+        store = CheckpointStore(folder / "checkpoints")
+        if not store.names():
             if must_resume:
                 raise UserError(f"{folder}: --resume was given, but there is no checkpoint in it to go on from")
             return Plan(folder, resume=False, finished=False, changes=(), saved=None)
+        step = store.newest_step()
+        saved = _saved(folder)
         changed = _changes(saved, config)
         if step < config.train.steps:
             _refuse_another_run(folder, step, changed)
             words = tuple(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
             return Plan(folder, resume=True, finished=False, changes=words, saved=saved)
         if not changed:
-            return Plan(folder, resume=False, finished=True, changes=(), saved=saved)
+            # a damaged last checkpoint or an end before the summary: there is something to do after all
+            newest = store.latest()
+            whole = newest is not None and newest.step >= config.train.steps and (folder / "summary.json").exists()
+            return Plan(folder, resume=not whole, finished=whole, changes=(), saved=saved)
         number += 1
 
 
@@ -118,7 +136,7 @@ def save_config(folder: Path, config: Config) -> None:
     write_atomically(folder / "config.yaml", dump_config(config))
 
 
-def _saved(folder: Path) -> Config | None:
+def _saved(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{path}: missing, although the folder holds checkpoints; restore it or choose another 'out'")
@@ -126,13 +144,20 @@ def _saved(folder: Path) -> Config | None:
 
 
 def _changes(saved: Config, config: Config) -> dict[str, tuple[object, object]]:
-    """Settings whose values differ; `auto` agrees with whatever it came to, and where `out` lies does not matter."""
+    """Settings that decide the numbers and differ; `auto` agrees with whatever it came to."""
     old, new = flatten(saved.model_dump()), flatten(config.model_dump())
     return {
         key: (old[key], value)
         for key, value in new.items()
-        if key != "out" and old[key] != value and not (key in RESOLVED and value == RESOLVED[key])
+        if key not in _NO_MATTER
+        and _comparable(key, old[key]) != _comparable(key, value)
+        and not (key in RESOLVED and value == RESOLVED[key])
     }
+
+
+def _comparable(key: str, value: object) -> object:
+    """Paths compare by where they lead."""
+    return str(Path(str(value)).absolute()) if key == "data.path" else value
 
 
 def _refuse_another_run(folder: Path, step: int, changed: dict[str, tuple[object, object]]) -> None:

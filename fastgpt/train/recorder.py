@@ -1,6 +1,7 @@
 """The watcher that writes every update to `metrics.jsonl` and TensorBoard."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class Recorder:
         from torch.utils.tensorboard import SummaryWriter
 
         self._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step)
+        if resume_step is None:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of a start that never came to a checkpoint
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
 

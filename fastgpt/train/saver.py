@@ -67,7 +67,9 @@ class Saver:
         if step == self._steps or interrupted or (self._every and step % self._every == 0):
             self._before()
             state = self._state | {"tokens": measured.tokens}
-            self._store.save(step, state, self._write, self._engine.ranks)
+            # the model last: gathering it takes all ranks
+            writes = (self._engine.write, lambda folder: self._save_model(folder / "model"))
+            self._store.save(step, state, writes, self._engine.ranks)
         if interrupted and step < self._steps:
             raise Interrupted(self._signal or signal.SIGTERM, step)
 
@@ -84,7 +86,3 @@ class Saver:
     def _note(self, number: int, frame: object) -> None:
         self._signal = number
         signal.signal(number, signal.SIG_DFL)
-
-    def _write(self, folder: Path) -> None:
-        self._engine.write(folder)
-        self._save_model(folder / "model")

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple, Protocol
 
 from fastgpt.engine.base import Update
-from fastgpt.errors import UserError
+from fastgpt.errors import SharedError
 
 
 class Measured(NamedTuple):
@@ -38,11 +38,11 @@ class Guard:
         """Look at the loss.
 
         Raises:
-            UserError: it is not finite.
+            SharedError: it is not finite.
         """
         update = measured.update
         if not math.isfinite(update.loss):
-            raise UserError(
+            raise SharedError(
                 f"step {update.step}: the loss is {update.loss}, so the run has diverged (learning rate "
-                f"{update.learning_rate:g}). Checkpoints before it are whole; lower train.lr, or set train.clip"
+                f"{update.learning_rate:g}). Checkpoints before it are whole; lower train.lr or train.clip"
             )

@@ -149,9 +149,9 @@ def _forward_kernel(
             if DIAGONAL:
                 products = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), products, float("-inf"))
             # the first tile holds key 0, which every query sees: from then on the maximum is finite
-            new_max = tl.maximum(row_max, tl.max(products, 1) * scale_log2)
-            weights = _exp2_of(products, scale_log2, new_max[:, None])
-            shrink = tl.exp2(row_max - new_max)
+            new_max = tl.maximum(row_max, tl.max(products, 1) * (1.0 if SPLIT else scale_log2))
+            weights = _exp2_of(products, new_max[:, None], scale_log2, SPLIT)
+            shrink = tl.exp2((row_max - new_max) * (scale_log2 if SPLIT else 1.0))
             row_sum = row_sum * shrink + tl.sum(weights, 1)
             row_max = new_max
             if seed_ptr is not None:
@@ -228,7 +228,7 @@ def _backward_queries_kernel(
             products = _products(q, q_tail, k, k_tail, TAIL)
             if DIAGONAL:
                 products = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), products, float("-inf"))
-            weights = _exp2_of(products, scale_log2, row_max[:, None])
+            weights = _exp2_of(products, row_max[:, None], scale_log2, SPLIT)
             if SPLIT:
                 weights *= row_factor[:, None]
             dweights = _products(dout, dout_tail, v, v_tail, TAIL)
@@ -302,7 +302,7 @@ def _backward_keys_kernel(
                 products = tl.where(
                     tl.trans(_visible(first_query, first_key, BLOCK_M, BLOCK_N)), products, float("-inf")
                 )
-            weights = _exp2_of(products, scale_log2, row_max[None, :])
+            weights = _exp2_of(products, row_max[None, :], scale_log2, SPLIT)
             if SPLIT:
                 weights *= row_factor[None, :]
             kept = weights
@@ -430,10 +430,15 @@ def _products(
 
 
 @triton.jit
-def _exp2_of(products, scale_log2, subtrahend):
-    """exp2(products * scale_log2 - subtrahend), rounding only the difference: large scores lose no digits."""
-    products, subtrahend = tl.broadcast(products, subtrahend)
-    return tl.exp2(tl.fma(products, tl.full(products.shape, scale_log2, tl.float32), -subtrahend))
+def _exp2_of(products, row_max, scale_log2, SPLIT: tl.constexpr):
+    """exp2(scale_log2 products - row_max), one rounding before exp2; or SPLIT: exp2(scale_log2 (products - row_max)).
+
+    The first takes one instruction. The second loses nothing where products are large, and gives the largest weight as 1.
+    """
+    if SPLIT:
+        return tl.exp2((products - row_max) * scale_log2)
+    products, row_max = tl.broadcast(products, row_max)
+    return tl.exp2(tl.fma(products, tl.full(products.shape, scale_log2, tl.float32), -row_max))
 
 
 @triton.jit
@@ -441,7 +446,7 @@ def _store_softmax(ptr, rows, inside, row_max, row_sum, SPLIT: tl.constexpr):
     """Keep what the backward needs of the softmax: log2 of the sum over j of exp(s_ij).
 
     As one number it has an error of its last place, which is that of each weight. Float32 weights are to be better than
-    that: for them the maximum and the sum are SPLIT.
+    that: for them the maximum, in the units of the products, and the sum are SPLIT.
     """
     if SPLIT:
         tl.store(ptr + 2 * rows, row_max, mask=inside)
@@ -452,7 +457,7 @@ def _store_softmax(ptr, rows, inside, row_max, row_sum, SPLIT: tl.constexpr):
 
 @triton.jit
 def _load_softmax(ptr, rows, inside, SPLIT: tl.constexpr):
-    """What to subtract before exp2 and, if SPLIT, what to multiply by after it; rows outside get no weights."""
+    """What `_exp2_of` subtracts and, if SPLIT, what to multiply by after it; rows outside get no weights."""
     if SPLIT:
         row_max = tl.load(ptr + 2 * rows, mask=inside, other=float("inf"))
         return row_max, 1.0 / tl.load(ptr + 2 * rows + 1, mask=inside, other=1.0)

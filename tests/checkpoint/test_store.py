@@ -1,5 +1,6 @@
 """A checkpoint is there whole or not at all, and a damaged one is passed over."""
 
+import json
 import os
 import random
 import signal
@@ -30,7 +31,7 @@ def save(store: CheckpointStore, step: int, text: str = "x" * 1000) -> Path:
         (folder / "model" / "weights").write_text(text)
         (folder / "state-00000.json").write_text(text)
 
-    return store.save(step, {"tokens": step}, write, OneRank())
+    return store.save(step, {"tokens": step}, [write], OneRank())
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(store: CheckpointSto
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"step-00000010: cannot be written \(rank 0: .*No space left.* Earlier"):
-        store.save(10, {}, full_disk, OneRank())
+        store.save(10, {}, [full_disk], OneRank())
     found = store.latest()
     assert found is not None
     assert found.step == 5
@@ -139,11 +140,59 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(store: CheckpointSto
 def test_a_failure_on_another_rank_is_told_on_this_one(store: CheckpointStore) -> None:
     class TwoRanks(OneRank):
         def gather(self, value: Any) -> list[Any]:
-            return [value, {"problem": "disk on fire"}]
+            return [value, "disk on fire"]
 
     with pytest.raises(UserError, match="rank 1: disk on fire"):
-        store.save(5, {}, lambda folder: None, TwoRanks())
+        store.save(5, {}, [lambda folder: None], TwoRanks())
     assert store.names() == []
+
+
+def test_after_a_failed_write_nobody_goes_on_to_the_next(store: CheckpointStore) -> None:
+    """The next one may be collective: a rank that skipped ahead would meet the others in another collective."""
+
+    def full_disk(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    def never(folder: Path) -> None:
+        raise AssertionError("it was called")
+
+    with pytest.raises(UserError, match="No space left"):
+        store.save(10, {}, [full_disk, never], OneRank())
+
+
+def test_files_are_listed_only_when_every_rank_has_written(store: CheckpointStore) -> None:
+    """safetensors writes a temporary file and renames it: a slow rank's must not get into the manifest."""
+
+    class SlowOther(OneRank):
+        """Rank 1's write is over when the ranks have waited for each other, and not before."""
+
+        def gather(self, value: Any) -> list[Any]:
+            partial = next(store.folder.glob(".partial-*"))
+            temporary = partial / ".tmpABC"
+            if temporary.exists():
+                temporary.rename(partial / "state-00001.json")
+                return [value, None]
+            return [value, {"state-00001.json": {"bytes": 1, "sha256": "x"}}]
+
+    def write(folder: Path) -> None:
+        (folder / "state-00000.json").write_text("mine")
+        (folder / ".tmpABC").write_text("y")
+
+    store.save(5, {}, [write], SlowOther())
+    manifest = json.loads((store.folder / "step-00000005" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"state-00000.json", "state-00001.json"}
+
+
+def test_the_checkpoint_just_written_is_never_the_one_dropped(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 8)
+    damaged = save(CheckpointStore(tmp_path, keep=2), 12)
+    damage_flip(damaged)
+    found = store.latest()
+    assert found is not None
+    assert found.step == 8
+    save(store, 9)
+    assert store.names() == ["step-00000009"]
 
 
 SAVER = """
@@ -161,7 +210,7 @@ while True:
     def write(folder):
         for name in range(20):
             (folder / f"part-{name}").write_bytes(os.urandom(20000))
-    store.save(step, {}, write, OneRank())
+    store.save(step, {}, [write], OneRank())
     print(step, flush=True)
 """
 

@@ -30,6 +30,7 @@ def leave_run(folder: Path, settings: Config, step: int) -> None:
     save_config(folder, settings)
     checkpoint = folder / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
     (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "step": step, "state": {}, "files": {}}))
 
 
@@ -70,6 +71,36 @@ def test_another_run_in_a_finished_folder_gets_its_own_and_finds_it_again(tmp_pa
     third = config(tmp_path, train__steps=2, engine__zero_stage=2)
     assert plan(third).folder == tmp_path / "run-3"
     assert plan(config(tmp_path)).finished
+
+
+def test_a_finished_run_without_its_summary_goes_on_to_write_it(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 10)
+    (tmp_path / "run" / "summary.json").unlink()
+    assert plan(config(tmp_path)).resume
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 5)
+    leave_run(tmp_path / "run", config(tmp_path), 10)
+    manifest = tmp_path / "run" / "checkpoints" / "step-00000010" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("{}}", '{"lost": {"bytes": 1, "sha256": ""}}}'))
+    assert plan(config(tmp_path)).resume
+
+
+def test_checkpoints_without_a_manifest_are_no_fresh_start(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 5)
+    (tmp_path / "run" / "checkpoints" / "step-00000005" / "manifest.json").unlink()
+    assert plan(config(tmp_path)).resume
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data__verify": False}, {"data__cache": "elsewhere"}, {"engine__threads": 7}, {"train__keep": 9}],
+    ids=lambda c: next(iter(c)),
+)
+def test_settings_that_change_no_number_do_not_start_another_run(change: dict[str, Any], tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 10)
+    assert plan(config(tmp_path, **change)).finished
 
 
 @pytest.mark.parametrize(
