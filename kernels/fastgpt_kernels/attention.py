@@ -433,7 +433,8 @@ def _products(
 def _exp2_of(products, row_max, scale_log2, SPLIT: tl.constexpr):
     """exp2(scale_log2 products - row_max), one rounding before exp2; or SPLIT: exp2(scale_log2 (products - row_max)).
 
-    The first takes one instruction. The second loses nothing where products are large, and gives the largest weight as 1.
+    The first takes one instruction. The second loses nothing where products are large, and gives the largest weight
+    as 1.
     """
     if SPLIT:
         return tl.exp2((products - row_max) * scale_log2)
