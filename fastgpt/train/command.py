@@ -122,7 +122,7 @@ class _Run:
             engine.read(checkpoint.folder)
             log.info("going on from %s", checkpoint.folder)
         with closing(RunLock(folder)) as lock:
-            self.ranks.on_first(lock.acquire)
+            self.ranks.on_first(lambda: self._take(lock, store, checkpoint))
             if self.ranks.rank == 0:
                 save_config(folder, self.config)
             return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, fingerprint)
@@ -176,6 +176,14 @@ class _Run:
             summarise(folder, validation, self.display)
         self.ranks.barrier()
         return folder
+
+    def _take(self, lock: RunLock, store: CheckpointStore, checkpoint: Checkpoint | None) -> None:
+        """Take the folder, and see that nobody has trained in it while the corpus and the model were prepared."""
+        lock.acquire()
+        if store.newest_step() != self.plan.newest or (checkpoint and not checkpoint.folder.exists()):
+            raise UserError(
+                f"{self.plan.folder}: another process has trained in it meanwhile; give the same command again"
+            )
 
     def _resolved(self, config: Config) -> Config:
         """The settings with nothing left on `auto` that decides the numbers."""

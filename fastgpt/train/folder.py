@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     finished: bool  # this very run is done: nothing to do
     changes: tuple[str, ...]  # settings that differ from those the run was started with, in words
     saved: Config | None  # the settings the run was started with
+    newest: int = 0  # the newest checkpoint's step by its manifest
 
 
 def plan(config: Config, *, must_resume: bool = False) -> Plan:
@@ -80,12 +81,12 @@ def plan(config: Config, *, must_resume: bool = False) -> Plan:
         if step < config.train.steps:
             _refuse_another_run(folder, step, changed)
             words = tuple(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
-            return Plan(folder, resume=True, finished=False, changes=words, saved=saved)
+            return Plan(folder, resume=True, finished=False, changes=words, saved=saved, newest=step)
         if not changed:
             # a damaged last checkpoint or an end before the summary: there is something to do after all
             newest = store.latest()
             whole = newest is not None and newest.step >= config.train.steps and (folder / "summary.json").exists()
-            return Plan(folder, resume=not whole, finished=whole, changes=(), saved=saved)
+            return Plan(folder, resume=not whole, finished=whole, changes=(), saved=saved, newest=step)
         number += 1
 
 

@@ -199,3 +199,22 @@ def test_a_diverged_run_stops_before_it_saves(tiny: Path, tmp_path: Path, capsys
     assert "the run has diverged" in error
     model, _ = fastgpt.load_model(tmp_path / "run")
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_run_that_another_process_trained_meanwhile_is_left_alone(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastgpt.train.command as train_command
+
+    words = ["train", str(tiny), f"out={tmp_path / 'run'}"]
+    prepare_corpus = train_command.prepare_corpus
+
+    def slowly(*arguments: Any) -> Any:
+        monkeypatch.setattr(train_command, "prepare_corpus", prepare_corpus)
+        assert main(words) == 0
+        return prepare_corpus(*arguments)
+
+    monkeypatch.setattr(train_command, "prepare_corpus", slowly)
+    assert main(words) == 2
+    assert "another process has trained in it meanwhile" in capsys.readouterr().err
+    assert len(records(tmp_path / "run")) == 12 + 4
