@@ -6,8 +6,7 @@ For each batch entry and head, with q_i, k_j, v_j in R^D read in place from qkv 
     p_ij = exp(s_ij) / sum_j' exp(s_ij')
     o_i  = sum_j z_ij p_ij v_j        z_ij = 1 / (1 - dropout_p) where kept, else 0; 1 without dropout
 
-The forward visits the keys in tiles with a running maximum m_i and sum l_i, and keeps m_i + log2(l_i) for the backward
-(float32 input: both by themselves):
+The forward visits the keys in tiles with a running maximum m_i and sum l_i, and keeps m_i + log2(l_i) for the backward:
 
     dv_j  = sum_i z_ij p_ij do_i
     dp_ij = z_ij do_i . v_j
@@ -29,7 +28,8 @@ Numerics: products in the input's dtype with float32 sums (float32 input: full p
 in base 2; the weights and ds are rounded to the input's dtype before their products.
 
 Source: Dao, "FlashAttention-2" (2023), sections 3.1 and 3.2, algorithms 1 and 2. Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3" (2011), section 3.3 (Philox)."""
+numbers: as easy as 1, 2, 3" (2011), section 3.3 (Philox).
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ TILES_BY_CAPABILITY: dict[int, dict[str, dict[tuple[int, int], Tiles]]] = {
 def _forward_kernel(
     qkv_ptr,  # (B, T, 3, H, D)
     out_ptr,  # (B, T, H, D), contiguous
-    softmax_ptr,  # (B, H, T, 1 or 2) float32, for the backward: see _store_softmax
+    lse_ptr,  # (B, H, T) float32: log2 of the sum over j of exp(s_ij), for the backward
     seed_ptr,  # (1,) int64, or None without dropout
     stride_b,
     stride_t,
@@ -125,7 +125,6 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    SPLIT: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
     tile, head, batch_head = _tile_of_program(tl.cdiv(T, BLOCK_M), H)
     # the last queries see the most keys: start with them, so that the short tiles fill the end
     first_query = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
@@ -149,9 +148,9 @@ def _forward_kernel(
             if DIAGONAL:
                 products = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), products, float("-inf"))
             # the first tile holds key 0, which every query sees: from then on the maximum is finite
-            new_max = tl.maximum(row_max, tl.max(products, 1) * (1.0 if SPLIT else scale_log2))
-            weights = _exp2_of(products, new_max[:, None], scale_log2, SPLIT)
-            shrink = tl.exp2((row_max - new_max) * (scale_log2 if SPLIT else 1.0))
+            new_max = tl.maximum(row_max, tl.max(products, 1) * scale_log2)
+            weights = _exp2_of(products, scale_log2, new_max[:, None])
+            shrink = tl.exp2(row_max - new_max)
             row_sum = row_sum * shrink + tl.sum(weights, 1)
             row_max = new_max
             if seed_ptr is not None:
@@ -164,7 +163,7 @@ def _forward_kernel(
                 acc_tail = dot(weights, v_tail, acc_tail * shrink[:, None], _INTERPRETED)
 
     queries = first_query + tl.arange(0, BLOCK_M)
-    _store_softmax(softmax_ptr, batch_head.to(tl.int64) * T + queries, queries < T, row_max, row_sum, SPLIT)
+    tl.store(lse_ptr + batch_head.to(tl.int64) * T + queries, row_max + tl.log2(row_sum), mask=queries < T)
     if seed_ptr is not None:
         row_sum *= 1.0 - dropout_p
     out_ptr += ((batch_head // H).to(tl.int64) * T * H + head) * D
@@ -178,7 +177,7 @@ def _backward_queries_kernel(
     qkv_ptr,  # (B, T, 3, H, D)
     out_ptr,  # (B, T, H, D), contiguous
     dout_ptr,  # (B, T, H, D), contiguous
-    softmax_ptr,  # (B, H, T, 1 or 2) float32, from the forward
+    lse_ptr,  # (B, H, T) float32, from the forward
     delta_ptr,  # (B, H, T) float32: written here, read by the kernel for keys
     dqkv_ptr,  # (B, T, 3, H, D), contiguous; this kernel writes dq
     seed_ptr,  # (1,) int64, or None without dropout
@@ -197,7 +196,6 @@ def _backward_queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    SPLIT: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
     tile, head, batch_head = _tile_of_program(tl.cdiv(T, BLOCK_M), H)
     first_query = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
     batch = (batch_head // H).to(tl.int64)
@@ -213,7 +211,7 @@ def _backward_queries_kernel(
     queries = first_query + tl.arange(0, BLOCK_M)
     row_offset = batch_head.to(tl.int64) * T + queries
     tl.store(delta_ptr + row_offset, delta, mask=queries < T)
-    row_max, row_factor = _load_softmax(softmax_ptr, row_offset, queries < T, SPLIT)
+    lse = tl.load(lse_ptr + row_offset, mask=queries < T, other=float("inf"))
 
     dq = tl.zeros((BLOCK_M, MAIN), tl.float32)
     dq_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
@@ -228,9 +226,7 @@ def _backward_queries_kernel(
             products = _products(q, q_tail, k, k_tail, TAIL)
             if DIAGONAL:
                 products = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), products, float("-inf"))
-            weights = _exp2_of(products, row_max[:, None], scale_log2, SPLIT)
-            if SPLIT:
-                weights *= row_factor[:, None]
+            weights = _exp2_of(products, scale_log2, lse[:, None])
             dweights = _products(dout, dout_tail, v, v_tail, TAIL)
             if seed_ptr is not None:
                 keep = _keep(seed, batch_head, first_query, first_key, dropout_p, BLOCK_M, BLOCK_N)
@@ -248,7 +244,7 @@ def _backward_queries_kernel(
 def _backward_keys_kernel(
     qkv_ptr,  # (B, T, 3, H, D)
     dout_ptr,  # (B, T, H, D), contiguous
-    softmax_ptr,  # (B, H, T, 1 or 2) float32, from the forward
+    lse_ptr,  # (B, H, T) float32, from the forward
     delta_ptr,  # (B, H, T) float32, from the kernel for queries
     dqkv_ptr,  # (B, T, 3, H, D), contiguous; this kernel writes dk and dv
     seed_ptr,  # (1,) int64, or None without dropout
@@ -267,7 +263,6 @@ def _backward_keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    SPLIT: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
     # the first keys are seen by the most queries, and come first
     tile, head, batch_head = _tile_of_program(tl.cdiv(T, BLOCK_N), H)
     first_key = tile * BLOCK_N
@@ -294,7 +289,8 @@ def _backward_keys_kernel(
             q, q_tail = _load(q_ptr, first_query, T, stride_t, stride_d, BLOCK_M, D, MAIN, TAIL, True)
             dout, dout_tail = _load(dout_ptr, first_query, T, H * D, 1, BLOCK_M, D, MAIN, TAIL, True)
             queries = first_query + tl.arange(0, BLOCK_M)
-            row_max, row_factor = _load_softmax(softmax_ptr, row_offset + queries, queries < T, SPLIT)
+            # beyond T the weights are exp2(-inf) = 0
+            lse = tl.load(lse_ptr + row_offset + queries, mask=queries < T, other=float("inf"))
             delta = tl.load(delta_ptr + row_offset + queries, mask=queries < T, other=0.0)
 
             products = _products(k, k_tail, q, q_tail, TAIL)
@@ -302,9 +298,7 @@ def _backward_keys_kernel(
                 products = tl.where(
                     tl.trans(_visible(first_query, first_key, BLOCK_M, BLOCK_N)), products, float("-inf")
                 )
-            weights = _exp2_of(products, row_max[None, :], scale_log2, SPLIT)
-            if SPLIT:
-                weights *= row_factor[None, :]
+            weights = _exp2_of(products, scale_log2, lse[None, :])
             kept = weights
             if seed_ptr is not None:
                 keep = tl.trans(_keep(seed, batch_head, first_query, first_key, dropout_p, BLOCK_M, BLOCK_N))
@@ -430,40 +424,10 @@ def _products(
 
 
 @triton.jit
-def _exp2_of(products, row_max, scale_log2, SPLIT: tl.constexpr):
-    """exp2(scale_log2 products - row_max), one rounding before exp2; or SPLIT: exp2(scale_log2 (products - row_max)).
-
-    The first takes one instruction. The second loses nothing where products are large, and gives the largest weight
-    as 1.
-    """
-    if SPLIT:
-        return tl.exp2((products - row_max) * scale_log2)
-    products, row_max = tl.broadcast(products, row_max)
-    return tl.exp2(tl.fma(products, tl.full(products.shape, scale_log2, tl.float32), -row_max))
-
-
-@triton.jit
-def _store_softmax(ptr, rows, inside, row_max, row_sum, SPLIT: tl.constexpr):
-    """Keep what the backward needs of the softmax: log2 of the sum over j of exp(s_ij).
-
-    As one number it has an error of its last place, which is that of each weight. Float32 weights are to be better than
-    that: for them the maximum, in the units of the products, and the sum are SPLIT.
-    """
-    if SPLIT:
-        tl.store(ptr + 2 * rows, row_max, mask=inside)
-        tl.store(ptr + 2 * rows + 1, row_sum, mask=inside)
-    else:
-        tl.store(ptr + rows, row_max + tl.log2(row_sum), mask=inside)
-
-
-@triton.jit
-def _load_softmax(ptr, rows, inside, SPLIT: tl.constexpr):
-    """What `_exp2_of` subtracts and, if SPLIT, what to multiply by after it; rows outside get no weights."""
-    if SPLIT:
-        row_max = tl.load(ptr + 2 * rows, mask=inside, other=float("inf"))
-        return row_max, 1.0 / tl.load(ptr + 2 * rows + 1, mask=inside, other=1.0)
-    lse = tl.load(ptr + rows, mask=inside, other=float("inf"))
-    return lse, lse
+def _exp2_of(products, scale_log2, subtrahend):
+    """exp2(products * scale_log2 - subtrahend), rounding only the difference: large scores lose no digits."""
+    products, subtrahend = tl.broadcast(products, subtrahend)
+    return tl.exp2(tl.fma(products, tl.full(products.shape, scale_log2, tl.float32), -subtrahend))
 
 
 @triton.jit
@@ -498,35 +462,35 @@ def _keep(
 
 
 def launch_forward(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output (B, T, H, D) and, for the backward, the softmax's statistics (B, H, T, 1 or 2) in float32."""
+    """The output (B, T, H, D) and, for the backward, the logarithms of its sums, (B, H, T) in float32."""
     B, T, _, H, D = qkv.shape
     out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
-    softmax = torch.empty(_softmax_shape(qkv), dtype=torch.float32, device=qkv.device)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
     tiles = tiles_for("forward", qkv)
     shape = (*qkv.stride(), T, H, scale, dropout_p, D, *pieces(D))
     with launch.on_device_of(qkv):
         _forward_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
-            qkv, out, softmax, seed, *shape, **tiles._asdict(), **_options(qkv)
+            qkv, out, lse, seed, *shape, **tiles._asdict(), **_options(qkv)
         )
-    return out, softmax
+    return out, lse
 
 
 def launch_backward(
-    qkv: Tensor, out: Tensor, softmax: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
     """The gradient of qkv, (B, T, 3, H, D) contiguous, from that of the output, (B, T, H, D) contiguous."""
     B, T, _, H, D = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
+    delta = torch.empty_like(lse)
     query_tiles, key_tiles = tiles_for("backward_queries", qkv), tiles_for("backward_keys", qkv)
     shape = (*qkv.stride(), T, H, scale, dropout_p, D, *pieces(D))
     with launch.on_device_of(qkv):
         # in this order: the kernel for queries leaves delta for the kernel for keys
         _backward_queries_kernel[(triton.cdiv(T, query_tiles.BLOCK_M) * B * H,)](
-            qkv, out, dout, softmax, delta, dqkv, seed, *shape, **query_tiles._asdict(), **_options(qkv)
+            qkv, out, dout, lse, delta, dqkv, seed, *shape, **query_tiles._asdict(), **_options(qkv)
         )
         _backward_keys_kernel[(triton.cdiv(T, key_tiles.BLOCK_N) * B * H,)](
-            qkv, dout, softmax, delta, dqkv, seed, *shape, **key_tiles._asdict(), **_options(qkv)
+            qkv, dout, lse, delta, dqkv, seed, *shape, **key_tiles._asdict(), **_options(qkv)
         )
     return dqkv
 
@@ -539,11 +503,6 @@ def tiles_for(kernel: str, qkv: Tensor) -> Tiles:
     table = next(tables for least, tables in TILES_BY_CAPABILITY.items() if capability >= least)
     entries = TILES[kernel] | table[kernel]
     return next(tiles for (b, largest), tiles in entries.items() if b == bits and head_size <= largest)
-
-
-def _softmax_shape(qkv: Tensor) -> tuple[int, int, int, int]:
-    B, T, _, H, _ = qkv.shape
-    return B, H, T, 2 if qkv.dtype == torch.float32 else 1
 
 
 def _options(qkv: Tensor) -> dict[str, Any]:
@@ -568,33 +527,33 @@ def _attention(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None)
 @_attention.register_fake
 def _(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     B, T, _, H, D = qkv.shape
-    return qkv.new_empty((B, T, H, D)), qkv.new_empty(_softmax_shape(qkv), dtype=torch.float32)
+    return qkv.new_empty((B, T, H, D)), qkv.new_empty((B, H, T), dtype=torch.float32)
 
 
 @torch.library.custom_op("fastgpt::causal_attention_backward", mutates_args=())
 def _attention_backward(
-    qkv: Tensor, out: Tensor, softmax: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    return launch_backward(qkv, out, softmax, dout.contiguous(), scale, dropout_p, seed)
+    return launch_backward(qkv, out, lse, dout.contiguous(), scale, dropout_p, seed)
 
 
 @_attention_backward.register_fake
 def _(
-    qkv: Tensor, out: Tensor, softmax: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, float, float, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
     qkv, ctx.scale, ctx.dropout_p, seed = inputs
-    out, softmax = output
-    ctx.mark_non_differentiable(softmax)
-    ctx.save_for_backward(qkv, out, softmax, seed)
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, seed)
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-    qkv, out, softmax, seed = ctx.saved_tensors
-    return _attention_backward(qkv, out, softmax, dout, ctx.scale, ctx.dropout_p, seed), None, None, None
+    qkv, out, lse, seed = ctx.saved_tensors
+    return _attention_backward(qkv, out, lse, dout, ctx.scale, ctx.dropout_p, seed), None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_setup_context)

@@ -159,8 +159,8 @@ def _attention(D: int, dtype: torch.dtype, p: float) -> Callable[[], None]:
     def launches() -> None:
         qkv, out = _meta(2, 1024, 3, 12, D, dtype=dtype), _meta(2, 1024, 12, D, dtype=dtype)
         seed = _meta(1, dtype=torch.int64) if p else None
-        _, softmax = attention.launch_forward(qkv, 0.125, p, seed)
-        attention.launch_backward(qkv, out, softmax, out, 0.125, p, seed)
+        _, lse = attention.launch_forward(qkv, 0.125, p, seed)
+        attention.launch_backward(qkv, out, lse, out, 0.125, p, seed)
 
     return launches
 

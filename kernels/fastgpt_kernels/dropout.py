@@ -11,7 +11,8 @@ Limits: float32, float16, bfloat16; any shape.
 Numerics: u has 31 random bits; the product is taken in float32 and rounded once.
 
 Source: Srivastava et al., "Dropout" (2014), section 10 (the scaled form). Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3" (2011), section 3.3 (Philox)."""
+easy as 1, 2, 3" (2011), section 3.3 (Philox).
+"""
 
 from typing import Any
 

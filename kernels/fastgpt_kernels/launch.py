@@ -64,7 +64,8 @@ def dot(
 ):
     """acc + a b, with float32 sums; float32 operands keep all their bits, where a GPU would round them to tf32."""
     if INTERPRETED:
-        # the interpreter multiplies the bit patterns of bfloat16 numbers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        # A GPU sums the products of a row and a column in one order, in every tile and in its transpose. The CPU's BLAS
+        # does not: in float32 the backward would recompute other scores than those of the forward. Nor can the
+        # interpreter multiply bfloat16, of which it takes the bit patterns.
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
