@@ -6,7 +6,8 @@
 Importing this package imports no Triton and asks nothing of CUDA; `load_ops` does, where the backend needs it.
 """
 
-from fastgpt_kernels.dispatch import Backend, Ops, load_ops
+from fastgpt_kernels.dispatch import Backend, load_ops
 from fastgpt_kernels.errors import UnsupportedInput
+from fastgpt_kernels.ops import Ops
 
 __all__ = ["Backend", "Ops", "UnsupportedInput", "load_ops"]

@@ -2,64 +2,37 @@
 
 import difflib
 import functools
+import importlib
 import importlib.util
 import logging
 from types import ModuleType
-from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
 
 from fastgpt_kernels import reference, torch_ops
-from fastgpt_kernels.checks import Approximate, Seed
 from fastgpt_kernels.errors import UnsupportedInput
+from fastgpt_kernels.ops import Ops
 
 Backend: TypeAlias = Literal["auto", "triton", "torch", "reference"]
 
+# the file of each operation's Triton kernels
+TRITON_FILES = {
+    "causal_attention": "attention",
+    "decode_attention": "decode",
+    "layer_norm": "layernorm",
+    "add_layer_norm": "layernorm",
+    "gelu": "gelu",
+    "bias_gelu": "gelu",
+    "linear_gelu": "linear_gelu",
+    "embedding": "embedding",
+    "dropout": "dropout",
+    "dropout_add": "dropout",
+    "cross_entropy": "cross_entropy",
+    "linear_cross_entropy": "linear_cross_entropy",
+}
+
 logger = logging.getLogger("fastgpt_kernels")
-
-
-class CausalAttention(Protocol):
-    """qkv (B, T, 3, H, D) -> (B, T, H, D): softmax(scale Q K^T) V, position i over positions j <= i."""
-
-    def __call__(  # noqa: D102
-        self, qkv: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, seed: Seed | None = None
-    ) -> Tensor: ...
-
-
-class LayerNorm(Protocol):
-    """x (..., N), weight (N,), bias (N,) -> (..., N)."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor: ...  # noqa: D102
-
-
-class Gelu(Protocol):
-    """x (any shape) -> x Phi(x), or its tanh form."""
-
-    def __call__(self, x: Tensor, approximate: Approximate = "tanh") -> Tensor: ...  # noqa: D102
-
-
-class BiasGelu(Protocol):
-    """x (..., N), bias (N,) -> GELU(x + bias)."""
-
-    def __call__(self, x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor: ...  # noqa: D102
-
-
-class Dropout(Protocol):
-    """x (any shape) -> x / (1 - p) with probability 1 - p, else 0; the same seed keeps the same elements."""
-
-    def __call__(self, x: Tensor, p: float, seed: Seed | None) -> Tensor: ...  # noqa: D102
-
-
-class Ops(NamedTuple):
-    """The operations of one backend: plain differentiable functions of tensors."""
-
-    name: str  # the backend: "triton", "torch" or "reference"
-    causal_attention: CausalAttention
-    layer_norm: LayerNorm
-    gelu: Gelu
-    bias_gelu: BiasGelu
-    dropout: Dropout
 
 
 def load_ops(backend: Backend = "auto") -> Ops:
@@ -82,7 +55,7 @@ def load_ops(backend: Backend = "auto") -> Ops:
     return _ops_of(backend, torch_ops if backend == "torch" else reference)
 
 
-def _ops_of(name: str, module: ModuleType) -> Ops:
+def _ops_of(name: Literal["torch", "reference"], module: ModuleType) -> Ops:
     return Ops(name, *(getattr(module, operation) for operation in Ops._fields[1:]))
 
 
@@ -106,18 +79,17 @@ def _triton_ops() -> Ops:
     if not importlib.util.find_spec("triton"):
         raise UnsupportedInput(problem, ["Triton is not installed"], remedy)
 
-    from fastgpt_kernels import attention, dropout, gelu, launch, layernorm
+    from fastgpt_kernels import launch
 
     if not launch.INTERPRETED and not torch.cuda.is_available():
         raise UnsupportedInput(problem, ["PyTorch sees no GPU", "TRITON_INTERPRET=1 was not set"], remedy)
-    return Ops(
-        "triton",
-        causal_attention=attention.causal_attention,
-        layer_norm=layernorm.layer_norm,
-        gelu=gelu.gelu,
-        bias_gelu=gelu.bias_gelu,
-        dropout=dropout.dropout,
-    )
+    operations = {}
+    for operation, file in TRITON_FILES.items():
+        try:  # WHILE THE FILES ARE BEING WRITTEN
+            operations[operation] = getattr(importlib.import_module(f"fastgpt_kernels.{file}"), operation)
+        except (ModuleNotFoundError, AttributeError):
+            operations[operation] = getattr(torch_ops, operation)
+    return Ops("triton", **operations)
 
 
 def _unknown(backend: str) -> UnsupportedInput:

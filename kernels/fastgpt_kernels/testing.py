@@ -6,47 +6,61 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.dispatch import Ops, load_ops
+from fastgpt_kernels.builtin import BUILTIN
+from fastgpt_kernels.dispatch import load_ops
+from fastgpt_kernels.ops import Ops
 
-Call: TypeAlias = Callable[..., Tensor]
+Call: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def output_and_gradients(call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The output of a call and the gradient of each of its inputs, in float64 on the CPU.
+    """The outputs of a call (one, or a tuple) and the gradients of its floating-point inputs, in float64 on the CPU.
 
-    The incoming gradient depends on the output's shape alone, and its values are exact in every dtype.
+    The incoming gradients depend on the outputs' shapes alone, and their values are exact in every dtype.
     """
-    leaves = [x.detach().requires_grad_() for x in inputs]  # views keep their strides
-    out = call(*leaves)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(out.numel())).mul(16).round().div(16)
-    gradients = torch.autograd.grad(out, leaves, dout.to(out.device, out.dtype))
-    return [x.detach().double().cpu() for x in (out, *gradients)]
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]  # views keep their strides
+    result = call(*leaves)
+    outs = result if isinstance(result, tuple) else (result,)
+    douts = [_incoming(out, place) for place, out in enumerate(outs)]
+    gradients = torch.autograd.grad(outs, [x for x in leaves if x.requires_grad], douts)
+    return [x.detach().double().cpu() for x in (*outs, *gradients)]
 
 
-def assert_as_close_as_torch(call: Callable[..., Tensor], *inputs: Tensor, ops: Ops) -> None:
-    """Compare `call(ops, *inputs)`, its output and all gradients, with the reference in float64.
+def assert_as_close_as_torch(call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, ops: Ops) -> None:
+    """Compare `call(ops, *inputs)`, its outputs and all gradients, with the reference in float64.
 
-    The largest error may be twice that of the torch backend on the same inputs; where that is tiny, twice the spacing
-    of the dtype at the largest oracle value.
+    The largest error may be twice that of PyTorch's built-ins (`fastgpt_kernels.builtin`) on the same inputs; where that
+    is tiny, twice the spacing of the dtype at the largest oracle value. Inputs that hold no floating-point numbers are
+    passed on as they are.
     """
-    torch_ops, reference = load_ops("torch"), load_ops("reference")
+    reference = load_ops("reference")
+    exact = [x.double().cpu() if x.is_floating_point() else x.cpu() for x in inputs]
+    floating = [x.dtype for x in inputs if x.is_floating_point()]
+    oracle = output_and_gradients(lambda *xs: call(reference, *xs), exact)
     assert_close(
         ours=output_and_gradients(lambda *xs: call(ops, *xs), inputs),
-        theirs=output_and_gradients(lambda *xs: call(torch_ops, *xs), inputs),
-        oracle=output_and_gradients(lambda *xs: call(reference, *xs), [x.double().cpu() for x in inputs]),
-        dtypes=[inputs[0].dtype, *(x.dtype for x in inputs)],
+        theirs=output_and_gradients(lambda *xs: call(BUILTIN, *xs), inputs),
+        oracle=oracle,
+        dtypes=[floating[0]] * (len(oracle) - len(floating)) + floating,
     )
 
 
 def assert_close(
     ours: Sequence[Tensor], theirs: Sequence[Tensor], oracle: Sequence[Tensor], dtypes: Sequence[torch.dtype]
 ) -> None:
-    """Compare results, an output and its gradients, with an oracle by the rule of `assert_as_close_as_torch`."""
-    names = ["the output", *(f"the gradient of input {i}" for i in range(len(oracle) - 1))]
-    for name, our, their, exact, dtype in zip(names, ours, theirs, oracle, dtypes, strict=True):
+    """Compare results with an oracle by the rule of `assert_as_close_as_torch`; each has its own dtype's floor."""
+    for place, (our, their, exact, dtype) in enumerate(zip(ours, theirs, oracle, dtypes, strict=True)):
         error = (our - exact).abs().max().item()
         peer_error = (their - exact).abs().max().item()
         allowed = 2.0 * max(peer_error, torch.finfo(dtype).eps * exact.abs().max().item())
         # written so that NaN fails
         if not error <= allowed:
-            raise AssertionError(f"{name}: error {error:.3g}, allowed {allowed:.3g} (PyTorch: {peer_error:.3g})")
+            raise AssertionError(
+                f"result {place} of {len(oracle)} (outputs, then gradients): error {error:.3g}, allowed {allowed:.3g} "
+                f"(PyTorch: {peer_error:.3g})"
+            )
+
+
+def _incoming(out: Tensor, place: int) -> Tensor:
+    generator = torch.Generator().manual_seed(out.numel() + place)
+    return torch.randn(out.shape, generator=generator).mul(16).round().div(16).to(out.device, out.dtype)

@@ -1,0 +1,34 @@
+"""Layer normalisation, alone and of a residual sum, by PyTorch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt_kernels import checks
+from fastgpt_kernels.checks import REMEDY, Seed
+from fastgpt_kernels.errors import raise_if_any
+from fastgpt_kernels.torch_ops.dropout import dropout_add
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation of x (..., N) with weight (N,) and bias (N,), by `torch.nn.functional.layer_norm`."""
+    raise_if_any(checks.against_layer_norm(x, weight, bias), "layer_norm", "torch", REMEDY)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: Seed | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The layer norm of residual + dropout(x), in the dtype of x, and that sum, in the dtype of residual."""
+    reasons = checks.against_add_layer_norm(x, residual, weight, bias, dropout_p, seed)
+    raise_if_any(reasons, "add_layer_norm", "torch", REMEDY)
+    new_residual = dropout_add(x, residual, dropout_p, seed)
+    return layer_norm(new_residual, weight.to(new_residual.dtype), bias.to(new_residual.dtype), eps).to(
+        x.dtype
+    ), new_residual
