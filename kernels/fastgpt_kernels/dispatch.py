@@ -52,7 +52,7 @@ def load_ops(backend: Backend = "auto") -> Ops:
         backend = _automatic_backend()
     if backend == "triton":
         return _triton_ops()
-    return _ops_of(backend, torch_ops if backend == "torch" else reference)
+    return _ops_of("torch", torch_ops) if backend == "torch" else _ops_of("reference", reference)
 
 
 def _ops_of(name: Literal["torch", "reference"], module: ModuleType) -> Ops:

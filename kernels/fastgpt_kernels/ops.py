@@ -138,7 +138,7 @@ class CrossEntropy(Protocol):
 
 
 class LinearCrossEntropy(Protocol):
-    """x (rows, N), weight (V, N), targets (rows,) int64 -> cross_entropy(x weight^T, targets); the logits are never whole."""
+    """x (rows, N), weight (V, N), targets (rows,) int64 -> cross_entropy(x weight^T, targets), without all logits."""
 
     def __call__(
         self,

@@ -29,9 +29,9 @@ def output_and_gradients(call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
 def assert_as_close_as_torch(call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, ops: Ops) -> None:
     """Compare `call(ops, *inputs)`, its outputs and all gradients, with the reference in float64.
 
-    The largest error may be twice that of PyTorch's built-ins (`fastgpt_kernels.builtin`) on the same inputs; where that
-    is tiny, twice the spacing of the dtype at the largest oracle value. Inputs that hold no floating-point numbers are
-    passed on as they are.
+    The largest error may be twice that of PyTorch's built-ins (`fastgpt_kernels.builtin`) on the same inputs; where
+    that is tiny, twice the spacing of the dtype at the largest oracle value. Inputs that hold no floating-point numbers
+    are passed on as they are.
     """
     reference = load_ops("reference")
     exact = [x.double().cpu() if x.is_floating_point() else x.cpu() for x in inputs]
