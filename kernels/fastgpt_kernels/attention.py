@@ -32,482 +32,100 @@ numbers: as easy as 1, 2, 3" (2011), section 3.3 (Philox).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastgpt_kernels import checks, launch
+from fastgpt_kernels.attention_kernels import (
+    backward_keys_kernel,
+    backward_queries_kernel,
+    documents_kernel,
+    forward_kernel,
+)
 from fastgpt_kernels.checks import Seed
 from fastgpt_kernels.errors import raise_if_any
-from fastgpt_kernels.launch import dot
 from fastgpt_kernels.seeds import seed_tensor
+from fastgpt_kernels.tiles import Tiles, tiles_for
 
-MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 128
-
-_INTERPRETED = tl.constexpr(launch.INTERPRETED)
-_LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-class Tiles(NamedTuple):
-    """How one kernel is cut: queries and keys in a tile, and Triton's warps and pipeline stages."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 256
+DOCUMENTS_BLOCK = 64  # positions of a tile where the ids of documents are compared
 
 
-# Head sizes that are no multiple of 16 are loaded in small parts, which takes registers: one entry for all of them.
-UNALIGNED = 0
-
-# By kernel, then by bits of the dtype and largest head size, for every GPU; then the 16-bit tiles by least compute
-# capability. No tile spills registers or exceeds the shared memory of its architecture, with and without dropout:
-# compile_report.py shows it. Full-precision float32 products take no tensor cores, hence small tiles.
-TILES: dict[str, dict[tuple[int, int], Tiles]] = {
-    "forward": {
-        (16, UNALIGNED): Tiles(128, 16, 8, 2),
-        (32, UNALIGNED): Tiles(16, 16, 8, 1),
-        (32, 64): Tiles(32, 32, 8, 1),
-        (32, 128): Tiles(16, 16, 8, 1),
-    },
-    "backward_queries": {
-        (16, UNALIGNED): Tiles(128, 16, 8, 2),
-        (32, UNALIGNED): Tiles(16, 16, 8, 1),
-        (32, 128): Tiles(16, 16, 8, 1),
-    },
-    "backward_keys": {
-        (16, UNALIGNED): Tiles(16, 128, 8, 2),
-        (32, UNALIGNED): Tiles(16, 16, 8, 1),
-        (32, 48): Tiles(16, 16, 8, 1),
-        (32, 128): Tiles(16, 32, 8, 1),
-    },
-}
-TILES_BY_CAPABILITY: dict[int, dict[str, dict[tuple[int, int], Tiles]]] = {
-    90: {
-        "forward": {(16, 96): Tiles(128, 64, 8, 3), (16, 128): Tiles(128, 32, 8, 3)},
-        "backward_queries": {(16, 96): Tiles(128, 64, 8, 3), (16, 128): Tiles(128, 32, 8, 3)},
-        "backward_keys": {(16, 64): Tiles(64, 128, 8, 3), (16, 128): Tiles(32, 128, 8, 3)},
-    },
-    0: {
-        "forward": {(16, 64): Tiles(128, 64, 8, 2), (16, 128): Tiles(128, 32, 8, 2)},
-        "backward_queries": {(16, 128): Tiles(128, 32, 8, 2)},
-        "backward_keys": {
-            (16, 32): Tiles(64, 64, 8, 2),
-            (16, 64): Tiles(64, 128, 8, 2),
-            (16, 80): Tiles(16, 128, 8, 1),
-            (16, 128): Tiles(16, 128, 8, 2),
-        },
-    },
-}
+def launch_documents(ids: Tensor) -> Tensor:
+    """(2, B, T) int32: where in its row the document of each position starts, and the last position that is in it."""
+    B, T = ids.shape
+    documents = torch.empty((2, B, T), dtype=torch.int32, device=ids.device)
+    with launch.on_device_of(ids):
+        documents_kernel[(triton.cdiv(T, DOCUMENTS_BLOCK) * B,)](
+            ids, documents, *ids.stride(), B, T, DOCUMENTS_BLOCK, **launch.OPTIONS
+        )
+    return documents
 
 
-@triton.jit
-def _forward_kernel(
-    qkv_ptr,  # (B, T, 3, H, D)
-    out_ptr,  # (B, T, H, D), contiguous
-    lse_ptr,  # (B, H, T) float32: log2 of the sum over j of exp(s_ij), for the backward
-    seed_ptr,  # (1,) int64, or None without dropout
-    stride_b,
-    stride_t,
-    stride_s,  # between q, k and v
-    stride_h,
-    stride_d,
-    T,
-    H,
-    scale,
-    dropout_p,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,  # D = MAIN columns and a TAIL, both padded to a power of two
-    TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    tile, head, batch_head = _tile_of_program(tl.cdiv(T, BLOCK_M), H)
-    # the last queries see the most keys: start with them, so that the short tiles fill the end
-    first_query = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
-    q_ptr = qkv_ptr + (batch_head // H).to(tl.int64) * stride_b + head * stride_h
-    q, q_tail = _load(q_ptr, first_query, T, stride_t, stride_d, BLOCK_M, D, MAIN, TAIL, True)
-
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
-    acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
-    seed = tl.load(seed_ptr) if seed_ptr is not None else None
-    scale_log2 = scale * _LOG2_E
-
-    for DIAGONAL in tl.static_range(2):
-        # keys before the tile's first query need no mask; then those that the diagonal cuts
-        first = first_query // BLOCK_N * BLOCK_N if DIAGONAL else 0
-        last = tl.minimum(first_query + BLOCK_M, T) if DIAGONAL else first_query // BLOCK_N * BLOCK_N
-        for first_key in range(first, last, BLOCK_N):
-            k, k_tail = _load(q_ptr + stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL)
-            products = _products(q, q_tail, k, k_tail, TAIL)
-            if DIAGONAL:
-                products = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), products, float("-inf"))
-            # the first tile holds key 0, which every query sees: from then on the maximum is finite
-            new_max = tl.maximum(row_max, tl.max(products, 1) * scale_log2)
-            weights = _exp2_of(products, scale_log2, new_max[:, None])
-            shrink = tl.exp2(row_max - new_max)
-            row_sum = row_sum * shrink + tl.sum(weights, 1)
-            row_max = new_max
-            if seed_ptr is not None:
-                keep = _keep(seed, batch_head, first_query, first_key, dropout_p, BLOCK_M, BLOCK_N)
-                weights = tl.where(keep, weights, 0.0)
-            v, v_tail = _load(q_ptr + 2 * stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL)
-            weights = weights.to(v.dtype)
-            acc = dot(weights, v, acc * shrink[:, None], _INTERPRETED)
-            if TAIL:
-                acc_tail = dot(weights, v_tail, acc_tail * shrink[:, None], _INTERPRETED)
-
-    queries = first_query + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + batch_head.to(tl.int64) * T + queries, row_max + tl.log2(row_sum), mask=queries < T)
-    if seed_ptr is not None:
-        row_sum *= 1.0 - dropout_p
-    out_ptr += ((batch_head // H).to(tl.int64) * T * H + head) * D
-    acc /= row_sum[:, None]
-    acc_tail /= row_sum[:, None]
-    _store(out_ptr, acc, acc_tail, first_query, T, H * D, BLOCK_M, D, MAIN, TAIL)
-
-
-@triton.jit
-def _backward_queries_kernel(
-    qkv_ptr,  # (B, T, 3, H, D)
-    out_ptr,  # (B, T, H, D), contiguous
-    dout_ptr,  # (B, T, H, D), contiguous
-    lse_ptr,  # (B, H, T) float32, from the forward
-    delta_ptr,  # (B, H, T) float32: written here, read by the kernel for keys
-    dqkv_ptr,  # (B, T, 3, H, D), contiguous; this kernel writes dq
-    seed_ptr,  # (1,) int64, or None without dropout
-    stride_b,
-    stride_t,
-    stride_s,
-    stride_h,
-    stride_d,
-    T,
-    H,
-    scale,
-    dropout_p,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    tile, head, batch_head = _tile_of_program(tl.cdiv(T, BLOCK_M), H)
-    first_query = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
-    batch = (batch_head // H).to(tl.int64)
-    q_ptr = qkv_ptr + batch * stride_b + head * stride_h
-    out_offset = (batch * T * H + head) * D
-    q, q_tail = _load(q_ptr, first_query, T, stride_t, stride_d, BLOCK_M, D, MAIN, TAIL, True)
-    out, out_tail = _load(out_ptr + out_offset, first_query, T, H * D, 1, BLOCK_M, D, MAIN, TAIL, True)
-    dout, dout_tail = _load(dout_ptr + out_offset, first_query, T, H * D, 1, BLOCK_M, D, MAIN, TAIL, True)
-
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if TAIL:
-        delta += tl.sum(out_tail.to(tl.float32) * dout_tail.to(tl.float32), 1)
-    queries = first_query + tl.arange(0, BLOCK_M)
-    row_offset = batch_head.to(tl.int64) * T + queries
-    tl.store(delta_ptr + row_offset, delta, mask=queries < T)
-    lse = tl.load(lse_ptr + row_offset, mask=queries < T, other=float("inf"))
-
-    dq = tl.zeros((BLOCK_M, MAIN), tl.float32)
-    dq_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
-    seed = tl.load(seed_ptr) if seed_ptr is not None else None
-    scale_log2 = scale * _LOG2_E
-    for DIAGONAL in tl.static_range(2):
-        first = first_query // BLOCK_N * BLOCK_N if DIAGONAL else 0
-        last = tl.minimum(first_query + BLOCK_M, T) if DIAGONAL else first_query // BLOCK_N * BLOCK_N
-        for first_key in range(first, last, BLOCK_N):
-            k, k_tail = _load(q_ptr + stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL)
-            v, v_tail = _load(q_ptr + 2 * stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, DIAGONAL)
-            products = _products(q, q_tail, k, k_tail, TAIL)
-            if DIAGONAL:
-                products = tl.where(_visible(first_query, first_key, BLOCK_M, BLOCK_N), products, float("-inf"))
-            weights = _exp2_of(products, scale_log2, lse[:, None])
-            dweights = _products(dout, dout_tail, v, v_tail, TAIL)
-            if seed_ptr is not None:
-                keep = _keep(seed, batch_head, first_query, first_key, dropout_p, BLOCK_M, BLOCK_N)
-                dweights = tl.where(keep, dweights * (1.0 / (1.0 - dropout_p)), 0.0)
-            dscores = (weights * (dweights - delta[:, None])).to(k.dtype)
-            dq = dot(dscores, k, dq, _INTERPRETED)
-            if TAIL:
-                dq_tail = dot(dscores, k_tail, dq_tail, _INTERPRETED)
-
-    dq_ptr = dqkv_ptr + (batch * T * 3 * H + head) * D
-    _store(dq_ptr, dq * scale, dq_tail * scale, first_query, T, 3 * H * D, BLOCK_M, D, MAIN, TAIL)
-
-
-@triton.jit
-def _backward_keys_kernel(
-    qkv_ptr,  # (B, T, 3, H, D)
-    dout_ptr,  # (B, T, H, D), contiguous
-    lse_ptr,  # (B, H, T) float32, from the forward
-    delta_ptr,  # (B, H, T) float32, from the kernel for queries
-    dqkv_ptr,  # (B, T, 3, H, D), contiguous; this kernel writes dk and dv
-    seed_ptr,  # (1,) int64, or None without dropout
-    stride_b,
-    stride_t,
-    stride_s,
-    stride_h,
-    stride_d,
-    T,
-    H,
-    scale,
-    dropout_p,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    # the first keys are seen by the most queries, and come first
-    tile, head, batch_head = _tile_of_program(tl.cdiv(T, BLOCK_N), H)
-    first_key = tile * BLOCK_N
-    batch = (batch_head // H).to(tl.int64)
-    q_ptr = qkv_ptr + batch * stride_b + head * stride_h
-    dout_ptr += (batch * T * H + head) * D
-    row_offset = batch_head.to(tl.int64) * T
-    k, k_tail = _load(q_ptr + stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, True)
-    v, v_tail = _load(q_ptr + 2 * stride_s, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, True)
-
-    dk = tl.zeros((BLOCK_N, MAIN), tl.float32)
-    dv = tl.zeros((BLOCK_N, MAIN), tl.float32)
-    dk_tail = tl.zeros((BLOCK_N, TAIL if TAIL else 16), tl.float32)
-    dv_tail = tl.zeros((BLOCK_N, TAIL if TAIL else 16), tl.float32)
-    seed = tl.load(seed_ptr) if seed_ptr is not None else None
-    scale_log2 = scale * _LOG2_E
-    for DIAGONAL in tl.static_range(1, -1, -1):
-        # queries that the diagonal cuts, then those after the tile's last key, which need no mask
-        after = tl.cdiv(first_key + BLOCK_N, BLOCK_M) * BLOCK_M
-        first = first_key // BLOCK_M * BLOCK_M if DIAGONAL else after
-        last = tl.minimum(after, T) if DIAGONAL else T
-        for first_query in range(first, last, BLOCK_M):
-            # transposed tiles (keys, queries), so that the weights enter their products as they are
-            q, q_tail = _load(q_ptr, first_query, T, stride_t, stride_d, BLOCK_M, D, MAIN, TAIL, True)
-            dout, dout_tail = _load(dout_ptr, first_query, T, H * D, 1, BLOCK_M, D, MAIN, TAIL, True)
-            queries = first_query + tl.arange(0, BLOCK_M)
-            # beyond T the weights are exp2(-inf) = 0
-            lse = tl.load(lse_ptr + row_offset + queries, mask=queries < T, other=float("inf"))
-            delta = tl.load(delta_ptr + row_offset + queries, mask=queries < T, other=0.0)
-
-            products = _products(k, k_tail, q, q_tail, TAIL)
-            if DIAGONAL:
-                products = tl.where(
-                    tl.trans(_visible(first_query, first_key, BLOCK_M, BLOCK_N)), products, float("-inf")
-                )
-            weights = _exp2_of(products, scale_log2, lse[None, :])
-            kept = weights
-            if seed_ptr is not None:
-                keep = tl.trans(_keep(seed, batch_head, first_query, first_key, dropout_p, BLOCK_M, BLOCK_N))
-                # the sign carries the mask to its second use below, which takes fewer registers than keeping it
-                weights = tl.where(keep, weights, -weights)
-                kept = tl.maximum(weights, 0.0)
-            kept = kept.to(dout.dtype)
-            dv = dot(kept, dout, dv, _INTERPRETED)
-            if TAIL:
-                dv_tail = dot(kept, dout_tail, dv_tail, _INTERPRETED)
-            dweights = _products(v, v_tail, dout, dout_tail, TAIL)
-            if seed_ptr is not None:
-                dweights = tl.where(weights > 0.0, dweights * (1.0 / (1.0 - dropout_p)), 0.0)
-                weights = tl.abs(weights)
-            dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
-            dk = dot(dscores, q, dk, _INTERPRETED)
-            if TAIL:
-                dk_tail = dot(dscores, q_tail, dk_tail, _INTERPRETED)
-
-    if seed_ptr is not None:
-        dv *= 1.0 / (1.0 - dropout_p)
-        dv_tail *= 1.0 / (1.0 - dropout_p)
-    dk_ptr = dqkv_ptr + (batch * T * 3 * H + H + head) * D
-    _store(dk_ptr, dk * scale, dk_tail * scale, first_key, T, 3 * H * D, BLOCK_N, D, MAIN, TAIL)
-    _store(dk_ptr + H * D, dv, dv_tail, first_key, T, 3 * H * D, BLOCK_N, D, MAIN, TAIL)
-
-
-@triton.jit
-def _tile_of_program(tiles, H):
-    """The tile, the head, and the index over batch and head that this program works on: neighbours share a head."""
-    batch_head = tl.program_id(0) // tiles
-    return tl.program_id(0) % tiles, batch_head % H, batch_head
-
-
-@triton.jit
-def _load(
-    ptr,  # (T, D)
-    first_row,
-    T,
-    stride_t,
-    stride_d,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-):
-    """ROWS rows of a matrix in its two pieces, with zeros outside it; without a TAIL the second piece is the first."""
-    # the first row in 64 bits, because a sequence may span more than 2^31 elements
-    main = _load_piece(ptr, first_row, T, stride_t, stride_d, ROWS, D, 0, MAIN, CHECK_ROWS)
-    tail = main
-    if TAIL:
-        tail = _load_piece(ptr, first_row, T, stride_t, stride_d, ROWS, D, MAIN, TAIL, CHECK_ROWS)
-    return main, tail
-
-
-@triton.jit
-def _load_piece(
-    ptr,
-    first_row,
-    T,
-    stride_t,
-    stride_d,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-):
-    rows = tl.arange(0, ROWS)
-    columns = FIRST + tl.arange(0, COLUMNS)
-    ptr += tl.cast(first_row, tl.int64) * stride_t
-    ptrs = ptr + rows[:, None] * stride_t + columns[None, :] * stride_d
-    if CHECK_ROWS:
-        inside = (first_row + rows < T)[:, None]
-        if FIRST + COLUMNS > D:
-            inside = inside & (columns < D)[None, :]
-        return tl.load(ptrs, mask=inside, other=0.0)
-    if FIRST + COLUMNS > D:
-        return tl.load(ptrs, mask=(columns < D)[None, :], other=0.0)
-    return tl.load(ptrs)
-
-
-@triton.jit
-def _store(
-    ptr,  # (T, D)
-    main,  # (ROWS, MAIN)
-    tail,  # (ROWS, TAIL)
-    first_row,
-    T,
-    stride_t,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    rows = tl.arange(0, ROWS)
-    ptr += tl.cast(first_row, tl.int64) * stride_t
-    inside = (first_row + rows < T)[:, None]
-    columns = tl.arange(0, MAIN)
-    ptrs = ptr + rows[:, None] * stride_t + columns[None, :]
-    tl.store(ptrs, main.to(ptr.dtype.element_ty), mask=inside & (columns < D)[None, :])
-    if TAIL:
-        columns = MAIN + tl.arange(0, TAIL)
-        ptrs = ptr + rows[:, None] * stride_t + columns[None, :]
-        tl.store(ptrs, tail.to(ptr.dtype.element_ty), mask=inside & (columns < D)[None, :])
-
-
-@triton.jit
-def _products(
-    a,  # (M, MAIN)
-    a_tail,  # (M, TAIL)
-    b,  # (N, MAIN)
-    b_tail,  # (N, TAIL)
-    TAIL: tl.constexpr,
-):
-    """(M, N) float32: the inner products of the rows of a with those of b."""
-    out = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
-    out = dot(a, tl.trans(b), out, _INTERPRETED)
-    if TAIL:
-        out = dot(a_tail, tl.trans(b_tail), out, _INTERPRETED)
-    return out
-
-
-@triton.jit
-def _exp2_of(products, scale_log2, subtrahend):
-    """exp2(products * scale_log2 - subtrahend), rounding only the difference: large scores lose no digits."""
-    products, subtrahend = tl.broadcast(products, subtrahend)
-    return tl.exp2(tl.fma(products, tl.full(products.shape, scale_log2, tl.float32), -subtrahend))
-
-
-@triton.jit
-def _visible(first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) booleans: which queries see which keys."""
-    queries = first_query + tl.arange(0, BLOCK_M)
-    keys = first_key + tl.arange(0, BLOCK_N)
-    return queries[:, None] >= keys[None, :]
-
-
-@triton.jit
-def _keep(
-    seed,
-    batch_head,
-    first_query,
-    first_key,
-    dropout_p,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) booleans: which weights dropout keeps.
-
-    A Philox call gives four words. They serve the weights (i, j), (i, j + 8), (i + 8, j) and (i + 8, j + 8): the tensor
-    cores' accumulators hold all four in one thread, also where the tile is transposed, so that no data moves.
-    """
-    query_pairs = first_query // 2 + tl.arange(0, BLOCK_M // 2)
-    key_pairs = first_key // 2 + tl.arange(0, BLOCK_N // 2)
-    w00, w01, w10, w11 = tl.philox(seed, key_pairs[None, :], query_pairs[:, None], batch_head, 0)
-    words = tl.join(tl.join(w00, w10), tl.join(w01, w11))  # (BLOCK_M / 2, BLOCK_N / 2, 2 of i, 2 of j)
-    words = words.reshape(BLOCK_M // 16, 8, BLOCK_N // 16, 8, 2, 2).permute(0, 4, 1, 2, 5, 3)
-    return tl.uint_to_uniform_float(words.reshape(BLOCK_M, BLOCK_N)) >= dropout_p
-
-
-def launch_forward(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def launch_forward(
+    qkv: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    window: int | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The output (B, T, H, D) and, for the backward, the logarithms of its sums, (B, H, T) in float32."""
     B, T, _, H, D = qkv.shape
     out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
-    tiles = tiles_for("forward", qkv)
-    shape = (*qkv.stride(), T, H, scale, dropout_p, D, *pieces(D))
+    tiles = _tiles_of("forward", qkv, seed, window, documents)
     with launch.on_device_of(qkv):
-        _forward_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
-            qkv, out, lse, seed, *shape, **tiles._asdict(), **_options(qkv)
-        )
+        forward_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
+            qkv, out, lse, seed, documents, *qkv.stride(), B, T, H, window, scale, dropout_p, D, *pieces(D),
+            **tiles._asdict(), **_options(qkv),
+        )  # fmt: skip
     return out, lse
 
 
 def launch_backward(
-    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    window: int | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of qkv, (B, T, 3, H, D) contiguous, from that of the output, (B, T, H, D) contiguous."""
+    """The gradient of qkv from that of the output, (B, T, H, D) in any strides; in memory it lies as qkv does."""
     B, T, _, H, D = qkv.shape
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    query_tiles, key_tiles = tiles_for("backward_queries", qkv), tiles_for("backward_keys", qkv)
-    shape = (*qkv.stride(), T, H, scale, dropout_p, D, *pieces(D))
+    query_tiles = _tiles_of("backward_queries", qkv, seed, window, documents)
+    key_tiles = _tiles_of("backward_keys", qkv, seed, window, documents)
+    strides = (*qkv.stride(), *dout.stride(), *dqkv.stride())
+    shape = (B, T, H, window, scale, dropout_p, D, *pieces(D))
     with launch.on_device_of(qkv):
         # in this order: the kernel for queries leaves delta for the kernel for keys
-        _backward_queries_kernel[(triton.cdiv(T, query_tiles.BLOCK_M) * B * H,)](
-            qkv, out, dout, lse, delta, dqkv, seed, *shape, **query_tiles._asdict(), **_options(qkv)
-        )
-        _backward_keys_kernel[(triton.cdiv(T, key_tiles.BLOCK_N) * B * H,)](
-            qkv, dout, lse, delta, dqkv, seed, *shape, **key_tiles._asdict(), **_options(qkv)
+        backward_queries_kernel[(triton.cdiv(T, query_tiles.BLOCK_M) * B * H,)](
+            qkv, out, dout, lse, delta, dqkv, seed, documents, *strides, *shape,
+            **query_tiles._asdict(), **_options(qkv),
+        )  # fmt: skip
+        backward_keys_kernel[(triton.cdiv(T, key_tiles.BLOCK_N) * B * H,)](
+            qkv, dout, lse, delta, dqkv, seed, documents, *strides, *shape, **key_tiles._asdict(), **_options(qkv)
         )
     return dqkv
 
 
-def tiles_for(kernel: str, qkv: Tensor) -> Tiles:
-    """The tiles for a tensor's device, dtype and head size."""
-    bits, D = qkv.element_size() * 8, qkv.shape[-1]
-    head_size = UNALIGNED if D % 16 else D
-    capability = launch.compute_capability(qkv.device)
-    table = next(tables for least, tables in TILES_BY_CAPABILITY.items() if capability >= least)
-    entries = TILES[kernel] | table[kernel]
-    return next(tiles for (b, largest), tiles in entries.items() if b == bits and head_size <= largest)
+def _tiles_of(kernel: str, qkv: Tensor, seed: Tensor | None, window: int | None, documents: Tensor | None) -> Tiles:
+    extras = seed is not None or window is not None or documents is not None
+    return tiles_for(kernel, launch.architecture(qkv.device), qkv.element_size() * 8, qkv.shape[-1], extras)
 
 
 def _options(qkv: Tensor) -> dict[str, Any]:
     # left alone, the assembler spills some float32 kernels a little for the sake of more programs at a time
-    unspilled = {"maxnreg": 255} if qkv.dtype == torch.float32 and launch.compute_capability(qkv.device) else {}
+    nvidia = launch.architecture(qkv.device).startswith("sm_")
+    unspilled = {"maxnreg": 255} if qkv.dtype == torch.float32 and nvidia else {}
     return launch.OPTIONS | unspilled
 
 
@@ -519,57 +137,102 @@ def pieces(head_size: int) -> tuple[int, int]:
     return (whole, 0) if main < 16 or main + tail >= whole else (main, tail)
 
 
+@torch.library.custom_op("fastgpt::documents", mutates_args=())
+def _documents(ids: Tensor) -> Tensor:
+    return launch_documents(ids)
+
+
+@_documents.register_fake
+def _(ids: Tensor) -> Tensor:
+    return ids.new_empty((2, *ids.shape), dtype=torch.int32)
+
+
 @torch.library.custom_op("fastgpt::causal_attention", mutates_args=())
-def _attention(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    return launch_forward(qkv, scale, dropout_p, seed)
+def _attention(
+    qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, window: int | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return launch_forward(qkv, scale, dropout_p, seed, window, documents)
 
 
 @_attention.register_fake
-def _(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, window: int | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor]:
     B, T, _, H, D = qkv.shape
     return qkv.new_empty((B, T, H, D)), qkv.new_empty((B, H, T), dtype=torch.float32)
 
 
 @torch.library.custom_op("fastgpt::causal_attention_backward", mutates_args=())
 def _attention_backward(
-    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    window: int | None,
+    documents: Tensor | None,
 ) -> Tensor:
-    return launch_backward(qkv, out, lse, dout.contiguous(), scale, dropout_p, seed)
+    return launch_backward(qkv, out, lse, dout, scale, dropout_p, seed, window, documents)
 
 
 @_attention_backward.register_fake
 def _(
-    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    window: int | None,
+    documents: Tensor | None,
 ) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+    return torch.empty_like(qkv)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, float, float, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.scale, ctx.dropout_p, seed = inputs
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor, float, float, Tensor | None, int | None, Tensor | None],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    qkv, ctx.scale, ctx.dropout_p, seed, ctx.window, documents = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, seed)
+    ctx.save_for_backward(qkv, out, lse, seed, documents)
 
 
-def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-    qkv, out, lse, seed = ctx.saved_tensors
-    return _attention_backward(qkv, out, lse, dout, ctx.scale, ctx.dropout_p, seed), None, None, None
+def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, out, lse, seed, documents = ctx.saved_tensors
+    dqkv: Tensor = _attention_backward(qkv, out, lse, dout, ctx.scale, ctx.dropout_p, seed, ctx.window, documents)
+    return dqkv, None, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def causal_attention(
-    qkv: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, seed: Seed | None = None
+    qkv: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Seed | None = None,
+    window: int | None = None,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over a packed projection, in Triton.
 
     Args:
-        qkv: (B, T, 3, H, D), float32, float16 or bfloat16, 16 <= D <= 128, any strides; read in place. The gradient
-            comes back as one contiguous tensor of the same shape.
+        qkv: (B, T, 3, H, D), float32, float16 or bfloat16, 16 <= D <= 256, any strides; read in place. The gradient
+            comes back as one tensor that lies in memory as qkv does: q, k and v with heads before positions, for
+            example, are views of a (3, B, H, T, D) tensor, and so are their gradients.
         scale: factor of the scores before the softmax, positive; 1 / sqrt(D) when None.
         dropout_p: probability, in [0, 1), of dropping an attention weight.
         seed: int in [0, 2^63) or int64 tensor of one element; needed where dropout_p > 0.
+        window: how many positions, its own included, a position sees at most; all when None.
+        document_ids: (B, T) integers, any strides; a position sees only those with its own id. The cost falls with
+            the length of the documents where equal ids stand together.
 
     Returns:
         (B, T, H, D), contiguous, in the dtype of qkv.
@@ -577,13 +240,15 @@ def causal_attention(
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    wrong = checks.against_attention(qkv, scale, dropout_p, seed)
+    wrong = checks.against_attention(qkv, scale, dropout_p, seed, window, document_ids)
     raise_if_any(wrong, "causal_attention", "triton", checks.REMEDY)
     reasons = launch.against(qkv=qkv)
-    D = qkv.shape[-1]
+    T, D = qkv.shape[1], qkv.shape[-1]
     if not MIN_HEAD_SIZE <= D <= MAX_HEAD_SIZE:
         reasons.append(f"the head size is {D}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}")
     raise_if_any(reasons, "causal_attention", "triton", launch.REMEDY)
     key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
-    out: Tensor = _attention(qkv, scale or 1.0 / math.sqrt(D), dropout_p, key)[0]
+    documents = None if document_ids is None else _documents(document_ids)
+    band = None if window is None or window >= T else window
+    out: Tensor = _attention(qkv, scale or 1.0 / math.sqrt(D), dropout_p, key, band, documents)[0]
     return out

@@ -1,51 +1,54 @@
 """Every kernel compiled ahead of time, without a GPU: its registers, spills and shared memory.
 
-    python -m fastgpt_kernels.compile_report --operations attention --arch 90
+    python -m fastgpt_kernels.compile_report --operations attention --arch sm_90
 
-prints one line for each kernel, dtype and shape, and exits with code 1 when one of them spills registers, asks for more
-shared memory than the architecture has, or lacks the tensor-core instructions that it should have. The launches are the
-operations' own, with meta tensors, a driver that knows only its target, and no launch after the compilation: tile
-sizes, alignment and every other specialisation are those of a real run.
+prints one line for each kernel, dtype and shape, and exits with code 1 when one of them spills more than its budget,
+asks for more shared memory than the architecture has, or lacks an instruction that it should have. With `--gate` it
+compiles what CI does, with `--markdown FILE` it writes the table of docs/kernels-compiled.md.
+
+The launches are those of compile_cases.py, with a driver that knows only its target and no launch after the compilation.
+
+    registers  of a thread; on gfx942 its vector registers (512 of a program with one wave for each SIMD, else 256)
+    spills     bytes that a thread stores to and loads from memory for want of registers; on gfx942 its scratch memory
+    shared     bytes of a program
 """
 
 import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastgpt_kernels import attention, dropout, gelu, launch, layernorm
+from fastgpt_kernels import launch, tiles
+from fastgpt_kernels.compile_cases import Case, cases
+from fastgpt_kernels.tiles import ARCHITECTURES
 
-# largest shared memory of a block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-FP32, FP16, BF16 = launch.DTYPES
-OPERATIONS = ("attention", "layer_norm", "gelu", "bias_gelu", "dropout")
-HEAD_SIZES = (16, 32, 40, 48, 64, 72, 80, 96, 104, 128)
-COLUMNS = (7, 128, 768, 1024, 1600, 4096, 5120, 8192, 12288, 16384)
-
-
-class Case(NamedTuple):
-    """One operation at one size and dtype, as a call that makes all its launches."""
-
-    operation: str
-    size: str
-    dtype: torch.dtype
-    launches: Callable[[], None]
-    quick: bool = False  # one of the few that represent the others
+# Largest shared memory of a program. NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability", less the kilobyte that CUDA keeps. AMD: CDNA 3 instruction set reference, section 11, "Data Share".
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+TENSOR_MEMORY = 512  # columns of a multiprocessor, sm_100
+INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 
 
 class Compiled(NamedTuple):
@@ -54,180 +57,198 @@ class Compiled(NamedTuple):
     operation: str
     size: str
     dtype: str
-    arch: int
-    kernel: str
+    arch: str
+    kernel: str  # with its file: "gelu.gelu_forward_kernel"
+    tiles: str
     registers: int
     spilled_bytes: int
+    spill_budget: int | None
     shared_bytes: int
-    wgmma: bool
+    tensor_columns: int  # of tensor memory
+    instruction: str  # that multiplies matrices
+    needed: str  # the instruction that must be there
     seconds: float
 
     def faults(self) -> list[str]:
         """What is wrong with the kernel; nothing, if all is well."""
         faults = []
-        if self.spilled_bytes:
-            faults.append(f"spills {self.spilled_bytes} bytes")
+        if self.spill_budget is not None and self.spilled_bytes > self.spill_budget:
+            budget = f", {self.spill_budget} are allowed" if self.spill_budget else ""
+            faults.append(f"spills {self.spilled_bytes} bytes{budget}")
         if self.shared_bytes > SHARED_MEMORY[self.arch]:
             faults.append(f"exceeds the {SHARED_MEMORY[self.arch]} bytes of shared memory")
-        if self.operation == "attention" and self.dtype != "float32" and self.arch == 90 and not self.wgmma:
-            faults.append("has no wgmma")
+        if self.tensor_columns > TENSOR_MEMORY:
+            faults.append(f"exceeds the {TENSOR_MEMORY} columns of tensor memory")
+        if self.needed and self.instruction != self.needed:
+            faults.append(f"has no {self.needed}")
         return faults
 
 
 class OfflineDriver:
     """As much of a Triton driver as compiling asks for."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: str) -> None:
         self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
         """The architecture to compile for."""
-        return GPUTarget("cuda", self.arch, 32)
+        if self.arch.startswith("gfx"):
+            return GPUTarget("hip", self.arch, 64)
+        return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> str:
         """Kernels are cached by device: one for each architecture."""
         return self.arch
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         """Nothing is launched on it."""
         return 0
 
 
-def cases() -> Iterator[Case]:
-    """Everything that is compiled."""
-    for dtype in launch.DTYPES:
-        for D in HEAD_SIZES:
-            for p in (0.0, 0.1):
-                quick = (D, dtype, p) in {(64, BF16, 0.0), (64, FP32, 0.0), (80, FP16, 0.1), (128, BF16, 0.1)}
-                yield Case("attention", f"D={D} p={p}", dtype, _attention(D, dtype, p), quick)
-        for N in COLUMNS:
-            yield Case("layer_norm", f"N={N}", dtype, _layer_norm(N, dtype), (N, dtype) in {(768, BF16), (16384, FP32)})
-        for approximate in ("tanh", "none"):
-            x, bias = _meta(4096, 3072, dtype=dtype), _meta(3072, dtype=dtype)
-            quick = (approximate, dtype) == ("tanh", BF16)
-            yield Case("gelu", approximate, dtype, _gelu(x, approximate), quick)
-            yield Case("bias_gelu", approximate, dtype, _bias_gelu(x, bias, approximate), quick)
-        yield Case("dropout", "", dtype, _dropout(_meta(4096, 768, dtype=dtype)), dtype == BF16)
-
-
-def compile_case(case: Case, arch: int) -> list[Compiled]:
-    """Compile what one case launches for an architecture: 80 or 90."""
+def compile_case(case: Case, arch: str) -> list[Compiled]:
+    """Compile what one case launches, for one of the `ARCHITECTURES`."""
     if launch.INTERPRETED:
         raise RuntimeError("nothing is compiled under TRITON_INTERPRET=1: unset it")
     compiled: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        name = kernel.fn.__name__.strip("_")
+        if case.kernel is not None and name != f"{case.kernel}_kernel":
+            return
+        kernel.device_caches.clear()  # it would not be compiled again, and have no log
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()) as ptxas_log:
             binary = run(kernel, *args, grid=grid, warmup=True, **options)
         seconds = time.perf_counter() - start
+        assembly = binary.asm["amdgcn" if "amdgcn" in binary.asm else "ptx"]
+        registers, spilled_bytes = _of_amd(assembly) if "amdgcn" in binary.asm else _of_nvidia(ptxas_log.getvalue())
         compiled.append(
             Compiled(
                 operation=case.operation,
                 size=case.size,
                 dtype=str(case.dtype).removeprefix("torch."),
                 arch=arch,
-                kernel=kernel.fn.__name__.strip("_"),
-                registers=int(re.findall(r"Used (\d+) registers", ptxas_log.getvalue())[-1]),
-                spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", ptxas_log.getvalue()))),
+                kernel=f"{kernel.fn.__module__.rpartition('.')[2]}.{name}",
+                tiles=_tiles_of(options),
+                registers=registers,
+                spilled_bytes=spilled_bytes,
+                spill_budget=case.spill_budget,
                 shared_bytes=binary.metadata.shared,
-                wgmma="wgmma" in binary.asm["ptx"],
-                seconds=seconds,
+                tensor_columns=getattr(binary.metadata, "tmem_size", None) or 0,
+                instruction=next((word for word in INSTRUCTIONS if word in assembly), ""),
+                needed=case.instruction,
+                seconds=round(seconds, 2),
             )
         )
 
-    # always_compile: a kernel from the cache would have no log
-    with (
-        knobs.nvidia.scope(),
-        knobs.compilation.scope(),
-        mock.patch.object(launch, "compute_capability", lambda device: arch),
-        mock.patch.object(JITFunction, "run", compile_only),
-    ):
-        knobs.nvidia.dump_ptxas_log = True
-        knobs.compilation.always_compile = True
-        driver.set_active(OfflineDriver(arch))
-        case.launches()
+    forced = contextlib.nullcontext()
+    if case.kernel is not None and case.tiles is not None:
+        forced = tiles.forced(case.kernel, case.tiles)
+    token = launch.compiling_for.set(arch)
+    try:
+        # always_compile: a kernel from the cache on the disk would have no log
+        with (
+            knobs.nvidia.scope(),
+            knobs.compilation.scope(),
+            mock.patch.object(JITFunction, "run", compile_only),
+            forced,
+        ):
+            knobs.nvidia.dump_ptxas_log = True
+            knobs.compilation.always_compile = True
+            driver.set_active(OfflineDriver(arch))
+            case.launches()
+    finally:
+        launch.compiling_for.reset(token)
     return compiled
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _of_nvidia(ptxas_log: str) -> tuple[int, int]:
+    registers = re.findall(r"Used (\d+) registers", ptxas_log)
+    return int(registers[-1]), sum(map(int, re.findall(r"(\d+) bytes spill", ptxas_log)))
 
 
-def _attention(D: int, dtype: torch.dtype, p: float) -> Callable[[], None]:
-    def launches() -> None:
-        qkv, out = _meta(2, 1024, 3, 12, D, dtype=dtype), _meta(2, 1024, 12, D, dtype=dtype)
-        seed = _meta(1, dtype=torch.int64) if p else None
-        _, lse = attention.launch_forward(qkv, 0.125, p, seed)
-        attention.launch_backward(qkv, out, lse, out, 0.125, p, seed)
+def _of_amd(assembly: str) -> tuple[int, int]:
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1])
 
-    return launches
+    return field("vgpr_count"), field("private_segment_fixed_size")
 
 
-def _layer_norm(N: int, dtype: torch.dtype) -> Callable[[], None]:
-    def launches() -> None:
-        x, weight, mean = _meta(4096, N, dtype=dtype), _meta(N, dtype=dtype), _meta(4096, dtype=FP32)
-        layernorm.launch_forward(x, weight, weight, 1e-5)
-        layernorm.launch_backward(x, weight, weight, mean, mean, x)
-
-    return launches
+def _tiles_of(options: dict[str, Any]) -> str:
+    """128 x 64, 8 warps, 3 stages: as "128x64 w8 s3"."""
+    blocks = "x".join(str(options[name]) for name in ("BLOCK_M", "BLOCK_N") if name in options)
+    numbers = {"w": options.get("num_warps"), "s": options.get("num_stages")}
+    return " ".join([blocks, *(f"{letter}{number}" for letter, number in numbers.items() if number)]).strip()
 
 
-def _gelu(x: Tensor, approximate: str) -> Callable[[], None]:
-    def launches() -> None:
-        gelu.launch_gelu_forward(x, approximate)
-        gelu.launch_gelu_backward(x, x, approximate)
-
-    return launches
+@cache
+def _numbered_cases() -> list[Case]:
+    return list(cases())
 
 
-def _bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Callable[[], None]:
-    def launches() -> None:
-        gelu.launch_bias_gelu_forward(x, bias, approximate)
-        gelu.launch_bias_gelu_backward(x, bias, x, approximate)
-
-    return launches
+def _compile_number(number: int, arch: str) -> list[Compiled]:
+    return compile_case(_numbered_cases()[number], arch)
 
 
-def _dropout(x: Tensor) -> Callable[[], None]:
-    def launches() -> None:
-        dropout.launch_dropout(x, 0.1, _meta(1, dtype=torch.int64))
+def compile_all(work: Iterable[tuple[int, str]], jobs: int) -> Iterator[list[Compiled]]:
+    """Compile cases by their number in `cases()`, each for an architecture, in several processes."""
+    if jobs == 1:
+        yield from (_compile_number(*item) for item in work)
+        return
+    # spawn: a forked process would inherit the threads' locks of torch and LLVM
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_compile_number, *zip(*work, strict=True))
 
-    return launches
+
+HEADER = (
+    f"{'kernel':<46}{'size':<32}{'dtype':<10}{'arch':<8}{'tiles':<15}"
+    f"{'regs':>5}{'spills':>8}{'shared':>8}  {'matrix':<12}{'s':>5}"
+)
+
+
+def line(row: Compiled) -> str:
+    """A row of the printed table."""
+    name = f"{row.operation} {row.kernel.removesuffix('_kernel')}"
+    return (
+        f"{name:<46}{row.size:<32}{row.dtype:<10}{row.arch:<8}{row.tiles:<15}"
+        f"{row.registers:>5}{row.spilled_bytes:>8}{row.shared_bytes:>8}  {row.instruction or '-':<12}{row.seconds:>5.1f}"
+        + "".join(f"  {fault}" for fault in row.faults())
+    )
 
 
 def main() -> int:
     """Print the table; the exit code says whether a kernel has a fault."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt_kernels.compile_report", description=__doc__)
-    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
-    parser.add_argument("--arch", nargs="+", type=int, choices=sorted(SHARED_MEMORY), default=sorted(SHARED_MEMORY))
-    parser.add_argument("--quick", action="store_true", help="only a few cases that represent the others")
+    operations = list(dict.fromkeys(case.operation for case in _numbered_cases()))
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgpt_kernels.compile_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--operations", nargs="+", choices=operations, default=operations)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--gate", action="store_true", help="only the cases that CI compiles")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
 
+    work = [
+        (number, arch)
+        for number, case in enumerate(_numbered_cases())
+        for arch in arguments.arch
+        if case.operation in arguments.operations and case.arch in (None, arch) and (case.gate or not arguments.gate)
+    ]
+    start = time.perf_counter()
+    print(f"triton {triton.__version__}\n{HEADER}")
     rows: list[Compiled] = []
-    print(f"triton {triton.__version__}")
-    print(
-        f"{'kernel':<36}{'size':<14}{'dtype':<10}{'arch':>5}{'regs':>6}{'spills':>8}{'shared':>9}{'wgmma':>7}{'s':>6}"
-    )
-    for case in cases():
-        if case.operation not in arguments.operations or (arguments.quick and not case.quick):
-            continue
-        for arch in arguments.arch:
-            for row in compile_case(case, arch):
-                rows.append(row)
-                name = f"{row.operation} {row.kernel.removesuffix('_kernel')}"
-                print(
-                    f"{name:<36}{row.size:<14}{row.dtype:<10}{row.arch:>5}{row.registers:>6}{row.spilled_bytes:>8}"
-                    f"{row.shared_bytes:>9}{'yes' if row.wgmma else '-':>7}{row.seconds:>6.1f}"
-                    + "".join(f"  {fault}" for fault in row.faults()),
-                    flush=True,
-                )
+    for compiled in compile_all(work, arguments.jobs):
+        for row in compiled:
+            rows.append(row)
+            print(line(row), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": [row._asdict() for row in rows]}))
     faulty = sum(bool(row.faults()) for row in rows)
-    print(f"{len(rows)} kernels, {faulty} with a fault")
+    print(f"{len(rows)} kernels, {faulty} with a fault, in {time.perf_counter() - start:.0f} s")
     return 1 if faulty else 0
 
 

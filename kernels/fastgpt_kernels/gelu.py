@@ -50,7 +50,7 @@ def _gelu_forward_kernel(
 ):
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(x_ptr + offset, mask=offset < n, other=0.0).to(tl.float32)
-    y, _ = _value_and_slope(u, TANH)
+    y, _ = value_and_slope(u, TANH)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=offset < n)
 
 
@@ -66,7 +66,7 @@ def _gelu_backward_kernel(
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(x_ptr + offset, mask=offset < n, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + offset, mask=offset < n, other=0.0).to(tl.float32)
-    _, slope = _value_and_slope(u, TANH)
+    _, slope = value_and_slope(u, TANH)
     tl.store(dx_ptr + offset, (dy * slope).to(dx_ptr.dtype.element_ty), mask=offset < n)
 
 
@@ -88,14 +88,14 @@ def _bias_gelu_forward_kernel(
     offset = row[:, None] * N + column[None, :]
     bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     u = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-    y, _ = _value_and_slope(u, TANH)
+    y, _ = value_and_slope(u, TANH)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _bias_gelu_backward_kernel(
     x_ptr,  # (rows, N)
-    bias_ptr,  # (N,)
+    bias_ptr,  # (N,), or None where x contains it
     dy_ptr,  # (rows, N)
     dx_ptr,  # (rows, N)
     dbias_ptr,  # (programs, N) float32 partial sums
@@ -107,7 +107,9 @@ def _bias_gelu_backward_kernel(
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    bias = tl.zeros((COLUMNS,), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(program, tl.cdiv(rows, ROWS), programs):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -115,7 +117,7 @@ def _bias_gelu_backward_kernel(
         offset = row[:, None] * N + column[None, :]
         u = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        _, slope = _value_and_slope(u, TANH)
+        _, slope = value_and_slope(u, TANH)
         dx = dy * slope
         dbias += dx
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -123,7 +125,7 @@ def _bias_gelu_backward_kernel(
 
 
 @triton.jit
-def _value_and_slope(u, TANH: tl.constexpr):
+def value_and_slope(u, TANH: tl.constexpr):
     """GELU of float32 numbers, and its derivative; the compiler drops the one that is not used."""
     if TANH:
         w = (u + u * u * u * _CUBIC) * (2.0 * _SQRT_2_OVER_PI)
@@ -169,8 +171,8 @@ def launch_bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str) -> Tenso
     return y
 
 
-def launch_bias_gelu_backward(x: Tensor, bias: Tensor, dy: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """The gradients of x and bias; all are contiguous."""
+def launch_bias_gelu_backward(x: Tensor, bias: Tensor | None, dy: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """The gradients of x and bias; all are contiguous. Without a bias, that of one which x contains, in its dtype."""
     N = x.shape[-1]
     rows = x.numel() // N
     dx = torch.empty_like(x)
@@ -181,7 +183,7 @@ def launch_bias_gelu_backward(x: Tensor, bias: Tensor, dy: Tensor, approximate: 
         _bias_gelu_backward_kernel[(programs, column_blocks)](
             x, bias, dy, dx, dbias, rows, N, approximate == "tanh", ROW_BLOCK, COLUMN_BLOCK, **launch.OPTIONS
         )
-    return dx, dbias.sum(0).to(bias.dtype)
+    return dx, dbias.sum(0).to(x.dtype if bias is None else bias.dtype)
 
 
 @torch.library.custom_op("fastgpt::gelu", mutates_args=())
@@ -281,8 +283,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Ten
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    wrong = checks.against_gelu(x, approximate) + checks.against_vector(x, bias, "bias")
-    raise_if_any(wrong, "bias_gelu", "triton", checks.REMEDY)
+    raise_if_any(checks.against_bias_gelu(x, bias, approximate), "bias_gelu", "triton", checks.REMEDY)
     raise_if_any(launch.against(x=x, bias=bias), "bias_gelu", "triton", launch.REMEDY)
     y: Tensor = _bias_gelu(x, bias, approximate)
     return y

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -15,6 +16,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so one process either interprets or compiles
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# the architecture that kernels are compiled for without such a device, by compile_report.py
+compiling_for: ContextVar[str | None] = ContextVar("compiling_for", default=None)
 
 
 def against(**tensors: Tensor) -> list[str]:
@@ -41,13 +45,26 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def architecture(device: torch.device) -> str:
+    """What the tile table calls a device: "sm_90" for an H100, "gfx942" for an MI300, "interpreter" without a GPU."""
+    return compiling_for.get() or _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 @functools.cache
 def compute_capability(device: torch.device) -> int:
     """90 for an H100; 0 where there is no such thing."""
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    arch = _architecture(device)
+    return int(arch[3:]) if arch.startswith("sm_") else 0
 
 
 def partial_sums(device: torch.device, tasks: int) -> int:

@@ -1,0 +1,219 @@
+"""Tiles for attention by what the compiler says of them, without a GPU.
+
+    python -m fastgpt_kernels.tile_search --findings FILE --jobs 2     # under each Triton that shall be served, in turn
+    python -m fastgpt_kernels.tile_search --findings FILE --write
+
+compiles, for each line of the table, the candidates of `grid` in the order of preference until enough of them spill
+nothing, and adds what it learns to FILE. A candidate that spills under another Triton, as an earlier run found, is passed over:
+repeat the runs until none has anything left to compile. `--write` makes the table: the candidates are those that spill
+nothing, the first of them chosen; where too few are so good, those that spill least, and what the chosen one spills becomes its
+budget. Lines that a GPU has timed are left alone.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+from fastgpt_kernels import attention_kernels, tiles
+from fastgpt_kernels.compile_cases import BF16, FP32, VARIANTS, attention_case
+from fastgpt_kernels.compile_report import compile_case
+from fastgpt_kernels.tiles import ARCHITECTURES, KERNELS, Entry, Tiles
+
+CANDIDATES = 3  # that spill nothing, of each line
+HEAD_SIZES = {True: (64, 80, 96, 128, 256), False: (120, 248)}  # multiples of 16, and others
+BY_COMPILER = "compiler"
+
+
+class Finding(NamedTuple):
+    """What one Triton says of one candidate."""
+
+    source: str  # a hash of the kernels
+    triton: str
+    line: tuple[str, str, int, int, bool, bool]  # as an `Entry` begins
+    tiles: Tiles
+    registers: int
+    spilled_bytes: int
+    faults: list[str]  # but for spills
+    seconds: float
+
+
+def grid(kernel: str, arch: str, bits: int, head_size: int, extras: bool) -> Iterator[Tiles]:
+    """Candidates in the order of preference. Rows are what a program owns, columns what it walks over."""
+    if bits == 32:
+        # without tensor cores: as much as the registers hold
+        shapes = [(32, 32, 8), (32, 16, 8), (16, 32, 8), (16, 16, 8), (32, 16, 4), (16, 16, 4)]
+        stages: tuple[int, ...] = (1,)
+    elif arch == "gfx942":
+        shapes = [
+            (128, 32, 4),
+            (64, 64, 4),
+            (64, 32, 4),
+            (128, 16, 8),
+            (64, 16, 4),
+            (32, 32, 4),
+            (32, 16, 4),
+            (16, 16, 4),
+        ]
+        if not extras and head_size <= 128:
+            shapes.insert(0, (128, 64, 4))
+        stages = (1,)
+    else:
+        shapes = [
+            (128, 64, 8),
+            (128, 32, 8),
+            (64, 64, 4),
+            (64, 32, 4),
+            (128, 16, 8),
+            (64, 16, 4),
+            (64, 16, 8),
+            (32, 16, 4),
+        ]
+        if head_size > 128:
+            shapes[2:2] = [(64, 64, 8), (64, 32, 8)]
+        stages = (3, 2, 1) if arch in ("sm_90", "sm_100") else (2, 1)
+    for rows, columns, warps in shapes:
+        for stage in stages:
+            yield (
+                Tiles(columns, rows, warps, stage) if kernel == "backward_keys" else Tiles(rows, columns, warps, stage)
+            )
+
+
+def lines(arguments: argparse.Namespace) -> Iterator[Entry]:
+    """The lines of the table, without candidates."""
+    for kernel in arguments.kernel:
+        for arch in arguments.arch:
+            for bits in arguments.bits:
+                for aligned, head_sizes in HEAD_SIZES.items():
+                    for head_size in head_sizes:
+                        for extras in (False, True):
+                            if head_size in arguments.head_size:
+                                yield Entry(kernel, arch, bits, head_size, aligned, extras, (), 0, BY_COMPILER, 0)
+
+
+def examine(line: Entry, known: list[Finding], enough: int) -> list[Finding]:
+    """Compile candidates until enough of them spill nothing here and, as far as is known, elsewhere."""
+    findings: list[Finding] = []
+    spilling = {finding.tiles for finding in known if finding.spilled_bytes or finding.faults}
+    here = {finding.tiles for finding in known if finding.triton == triton.__version__}
+    good, hopeless = 0, set()
+    for candidate in grid(line.kernel, line.arch, line.bits, line.head_size, line.extras):
+        if good >= enough:
+            break
+        if candidate in spilling or candidate[:3] in hopeless:
+            continue
+        if candidate not in here:
+            findings.append(examine_one(line, candidate))
+            if findings[-1].spilled_bytes or findings[-1].faults:
+                # fewer stages save few registers
+                if findings[-1].spilled_bytes > 200:
+                    hopeless.add(candidate[:3])
+                continue
+        good += 1
+    return findings
+
+
+def examine_one(line: Entry, candidate: Tiles) -> Finding:
+    """Compile one candidate."""
+    dtype = FP32 if line.bits == 32 else BF16
+    case = attention_case(line, line.head_size, dtype, VARIANTS[line.extras][0], candidate, gate=False)
+    try:
+        (row,) = compile_case(case, line.arch)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        return Finding(source(), triton.__version__, line[:6], candidate, 0, 0, [reason], 0.0)
+    return Finding(
+        source(), triton.__version__, line[:6], candidate, row.registers, row.spilled_bytes, row.faults(), row.seconds
+    )
+
+
+def source() -> str:
+    """What the findings are about."""
+    files = (attention_kernels.__file__, Path(attention_kernels.__file__).with_name("attention.py"))
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
+
+
+def read(path: Path) -> list[Finding]:
+    """All that was found so far about the kernels as they are now."""
+    rows = [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+    findings = [Finding(**row | {"line": tuple(row["line"]), "tiles": Tiles(*row["tiles"])}) for row in rows]
+    return [finding for finding in findings if finding.source == source()]
+
+
+def chosen(line: Entry, known: Iterable[Finding]) -> Entry:
+    """The line with its candidates, from what every Triton says of them."""
+    order = list(grid(line.kernel, line.arch, line.bits, line.head_size, line.extras))
+    known = list(known)
+    tritons = {finding.triton for finding in known}
+    spills: dict[Tiles, int] = {}
+    seen: dict[Tiles, set[str]] = {}
+    invalid = {finding.tiles for finding in known if finding.faults}
+    for finding in known:
+        spills[finding.tiles] = max(spills.get(finding.tiles, 0), finding.spilled_bytes)
+        seen.setdefault(finding.tiles, set()).add(finding.triton)
+    valid = [candidate for candidate in order if candidate in spills and candidate not in invalid]
+    # those that every Triton has seen come first, for one of them is chosen; then by spills, then by preference
+    valid.sort(key=lambda candidate: (seen[candidate] != tritons, spills[candidate] > 0, spills[candidate]))
+    best = valid[0]
+    candidates = sorted(
+        sorted(valid, key=lambda c: (c != best, spills[c] > 0, spills[c]))[:CANDIDATES], key=order.index
+    )
+    return line._replace(candidates=tuple(candidates), chosen=candidates.index(best), spill_budget=spills[best])
+
+
+def main() -> int:
+    """Compile, or write the table."""
+    every_size = [head_size for head_sizes in HEAD_SIZES.values() for head_size in head_sizes]
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgpt_kernels.tile_search",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--findings", type=Path, required=True, help="where they are kept: a line of JSON each")
+    parser.add_argument("--write", action="store_true", help="write the table from the findings")
+    parser.add_argument("--enough", type=int, default=CANDIDATES, help="candidates that spill nothing, per line")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=(16, 32))
+    parser.add_argument("--head-size", nargs="+", type=int, choices=every_size, default=every_size)
+    arguments = parser.parse_args()
+
+    known: dict[tuple[object, ...], list[Finding]] = {}
+    for finding in read(arguments.findings):
+        known.setdefault(finding.line, []).append(finding)
+    wanted = list(lines(arguments))
+    if arguments.write:
+        timed = {entry[:6]: entry for entry in tiles.entries() if entry.chosen_by != BY_COMPILER}
+        found = {line[:6]: chosen(line, known[line[:6]]) for line in wanted if line[:6] in known}
+        kept = {entry[:6]: entry for entry in tiles.entries()}
+        table = tuple((kept | found | timed).values())
+        tiles.PATH.write_text(tiles.write(table))
+        print(f"{len(found)} lines written, {len(timed)} that were timed left alone")
+        return 0
+    compiled = 0
+    with (
+        arguments.findings.open("a") as file,
+        ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
+        work = [pool.submit(examine, line, known.get(line[:6], []), arguments.enough) for line in wanted]
+        for line, future in zip(wanted, work, strict=True):
+            findings = future.result()
+            compiled += len(findings)
+            for finding in findings:
+                file.write(json.dumps(finding._asdict()) + "\n")
+                file.flush()
+                print(*line[:6], *finding.tiles, finding.registers, finding.spilled_bytes, *finding.faults, flush=True)
+    print(f"{compiled} compiled with Triton {triton.__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
