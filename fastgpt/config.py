@@ -75,6 +75,8 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "gpt1", "constant"] = "cosine"
     warmup_steps: NotNegative = 0
     """Updates of linear warm-up; a run that ends before has only begun to warm up, as a trial of a long run does."""
+    optimizer: Literal["adamw", "gpt1"] = "adamw"
+    """`gpt1` is the Adam of the code published with GPT-1: its bias correction takes in the decay, and not eps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Probability = 0.9
     beta2: Probability = 0.95

@@ -1,6 +1,7 @@
 """Text from a model: sampling token by token, and `fastgpt generate`.
 
-Each token costs a forward pass over the window: nothing is kept between two of them.
+Where keys and values are kept between two tokens is the business of who gives the logits: `CachedLogits` of
+`fastgpt.model.cache` keeps them.
 """
 
 import codecs
@@ -112,15 +113,17 @@ def generate_command(
         raise UserError(f"samples is {samples}; it must be at least 1")
 
     from fastgpt.load import load_model
+    from fastgpt.model.cache import CachedLogits
 
     model, tokenizer = load_model(folder, device=device, backend=backend)
     if tokenizer is None:
         raise UserError(f"{folder}: the model has no tokenizer, so there is no text to go from or to")
-    place = model.token_embedding.weight.device
+    table = model.token_embedding.weight
+    logits = CachedLogits(model, model.config, dtype=table.dtype, device=table.device)
     out = out or sys.stdout
     for sample in range(samples):
         tokens = generate(
-            lambda window: model(window.to(place), last_only=True),
+            logits,
             tokenizer.encode(prompt) or [tokenizer.end_of_text],
             steps=max_tokens,
             context=model.config.context,

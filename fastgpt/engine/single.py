@@ -5,18 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fastgpt_kernels import grad_norm
 from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Update, dropout_seed, global_loss
-from fastgpt.engine.optimizer import adamw, clip_gradients, set_learning_rate
+from fastgpt.engine.optimizer import adam, clip_factor, set_learning_rate
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Fragment, Progress, check_parameters, read_state, restored_scale, write_state
+from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
-from fastgpt.model.heads import language_model_loss
 from fastgpt.model.init import initialise
 
 
@@ -39,9 +40,11 @@ class SingleProcess:
             else self._weights
         )
         shapes = {name: p.shape for name, p in self._weights.items()}
-        self._optimizer = adamw(self._masters, shapes, config.train)
+        working = zip(self._masters.values(), self._weights.values(), strict=True) if self._low else ()
+        self._optimizer = adam(self._masters, shapes, config.train, working)
         self._adam_step = 0
         self._scale = LossScale() if precision == "fp16" else None
+        self._sampler: CachedLogits | None = None
 
     def update(self, batch: Batch) -> Update:
         """One update from all micro-batches of the batch."""
@@ -53,14 +56,13 @@ class SingleProcess:
         ]
         scale = self._scale.scale if self._scale else 1.0
         gradients = [m.grad for m in self._masters.values() if m.grad is not None]
-        norm = clip_gradients(gradients, self._config.train.clip, scale)
+        norm = float(grad_norm(gradients)) / scale
         applied = math.isfinite(norm)
         if applied:
             set_learning_rate(self._optimizer, rate)
-            self._optimizer.step()
+            self._optimizer.step(gradient_scale=clip_factor(norm, self._config.train.clip) / scale)
             self._adam_step += 1
-            if self._low:
-                self._round_masters()
+            self._sampler = None
         if self._scale:
             self._scale.update(overflow=not applied)
         for master in self._masters.values():
@@ -70,13 +72,16 @@ class SingleProcess:
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
         """Summed loss (nats) of a batch, dropout off."""
         with torch.no_grad():
-            logits = self._evaluated(inputs.to(self._device))
-            return float(language_model_loss(logits, targets.to(self._device), reduction="sum"))
+            self._model.eval()
+            return float(self._model(inputs.to(self._device), targets=targets.to(self._device), reduction="sum"))
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
-        with torch.no_grad():
-            return self._evaluated(tokens.to(self._device), last_only=True).float().cpu()
+        self._model.eval()
+        if self._sampler is None:
+            dtype = next(iter(self._weights.values())).dtype
+            self._sampler = CachedLogits(self._model, self._config.model, dtype=dtype, device=self._device)
+        return self._sampler(tokens).float().cpu()
 
     def model_state(self) -> dict[str, Tensor]:
         """The working weights by name, on the CPU."""
@@ -95,6 +100,7 @@ class SingleProcess:
         self.step, self._adam_step = progress.step, progress.adam_step
         if self._scale:
             self._scale = restored_scale(progress)
+        self._sampler = None
         if self._low:
             self._round_masters()
 
@@ -102,12 +108,12 @@ class SingleProcess:
         """Add one micro-batch's gradient to the masters'; returns its mean loss. tokens (B, T + 1)."""
         config = self._config
         self._model.train()
-        logits = self._model(
+        loss: Tensor = self._model(
             tokens[:, :-1],
+            targets=tokens[:, 1:],
             dropout_seed=dropout_seed(config, self.step, micro_batch),
             checkpoint_activations=config.train.activation_checkpointing,
         )
-        loss = language_model_loss(logits, tokens[:, 1:])
         scale = self._scale.scale if self._scale else 1.0
         (loss * (scale / config.micro_batches)).backward()  # type: ignore[no-untyped-call]
         if self._low:
@@ -127,8 +133,3 @@ class SingleProcess:
 
     def _fragments(self) -> list[Fragment]:
         return [Fragment(name, 0, m.numel(), m, 0) for name, m in self._masters.items()]
-
-    def _evaluated(self, tokens: Tensor, *, last_only: bool = False) -> Tensor:
-        self._model.eval()
-        logits: Tensor = self._model(tokens, last_only=last_only)
-        return logits

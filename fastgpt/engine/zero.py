@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastgpt_kernels import grad_norm
 from torch import Tensor
 
 from fastgpt.config import Config
@@ -18,14 +19,14 @@ from fastgpt.data.source import Batch
 from fastgpt.engine.base import Update, dropout_seed, global_loss
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.layouts import PlainLayout, layout_of
-from fastgpt.engine.optimizer import adamw, clip_gradients, set_learning_rate
+from fastgpt.engine.optimizer import adam, clip_factor, set_learning_rate
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
 from fastgpt.errors import UserError
+from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
-from fastgpt.model.heads import language_model_loss
 from fastgpt.model.init import initial_value, initialise
 
 log = logging.getLogger(__name__)
@@ -59,18 +60,20 @@ class DeepSpeedZero:
             self._model = self._build(build, deepspeed, settings)
         self._weights = dict(self._model.named_parameters())
         self._adam_step = 0
-        optimizer = adamw(self._weights, {name: _shape(p) for name, p in self._weights.items()}, config.train)
+        optimizer = adam(self._weights, {name: _shape(p) for name, p in self._weights.items()}, config.train)
         with _prints_logged():
             self._engine, *_ = deepspeed.initialize(
                 model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         self._layout = layout_of(self._engine.optimizer, self._stage, self._weights, ranks)
+        self._sampler: CachedLogits | None = None
 
     def update(self, batch: Batch) -> Update:
         """One update from this rank's micro-batches."""
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
         set_learning_rate(self._layout.optimizer, rate)
+        self._sampler = None
         skipped, norm = self._engine.skipped_steps, math.nan
         losses = []
         self._engine.train()
@@ -92,13 +95,16 @@ class DeepSpeedZero:
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
         """Summed loss (nats) of this rank's batch, dropout off."""
         with torch.no_grad():
-            logits = self._evaluated(inputs.to(self._device))
-            return float(language_model_loss(logits, targets.to(self._device), reduction="sum"))
+            self._engine.eval()
+            return float(self._engine(inputs.to(self._device), targets=targets.to(self._device), reduction="sum"))
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
-        with torch.no_grad():
-            return self._evaluated(tokens.to(self._device), last_only=True).float().cpu()
+        self._engine.eval()
+        if self._sampler is None:
+            dtype = DTYPES[self._precision]
+            self._sampler = CachedLogits(self._engine, self._config.model, dtype=dtype, device=self._device)
+        return self._sampler(tokens).float().cpu()
 
     def model_state(self) -> dict[str, Tensor] | None:
         """The working weights by name on rank 0's CPU, gathered one at a time."""
@@ -124,6 +130,7 @@ class DeepSpeedZero:
         if self._precision == "fp16":
             self._layout.set_loss_scale(restored_scale(progress))
         self._layout.refresh_weights()
+        self._sampler = None
 
     def _build(self, build: Callable[[], GPT], deepspeed: Any, settings: dict[str, Any]) -> GPT:
         """The model with its initial values, at stage 3 sharded as each module is made."""
@@ -142,27 +149,25 @@ class DeepSpeedZero:
 
     def _loss(self, tokens: Tensor, micro_batch: int) -> Tensor:
         """Mean loss of one micro-batch, tokens (B, T + 1)."""
-        logits = self._engine(
+        loss: Tensor = self._engine(
             tokens[:, :-1],
+            targets=tokens[:, 1:],
             dropout_seed=dropout_seed(self._config, self.step, micro_batch),
             checkpoint_activations=self._config.train.activation_checkpointing,
         )
-        return language_model_loss(logits, tokens[:, 1:])
+        return loss
 
     def _clip(self) -> float:
         """Clip the reduced gradients where DeepSpeed does not; gradients that are not finite are dropped."""
         gradients = [p.grad for p in self._weights.values() if p.grad is not None]
-        norm = clip_gradients(gradients, self._config.train.clip)
-        if not math.isfinite(norm):
-            # AdamW passes over weights without a gradient, so that the update is skipped whole
+        norm = float(grad_norm(gradients))
+        if math.isfinite(norm):
+            torch._foreach_mul_(gradients, clip_factor(norm, self._config.train.clip))
+        else:
+            # the optimizer passes over weights without a gradient, so that the update is skipped whole
             for parameter in self._weights.values():
                 parameter.grad = None
         return norm
-
-    def _evaluated(self, tokens: Tensor, *, last_only: bool = False) -> Tensor:
-        self._engine.eval()
-        logits: Tensor = self._engine(tokens, last_only=last_only)
-        return logits
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
@@ -180,6 +185,11 @@ def _prints_logged() -> Iterator[None]:
     finally:
         for line in printed.getvalue().splitlines():
             log.debug("deepspeed: %s", line)
+
+
+def _not_about_our_optimizer(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns of every optimizer but its own and PyTorch's; ours is held to PyTorch's by tests."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -200,6 +210,7 @@ def _import_deepspeed(device: torch.device) -> Any:
             "or start without a launcher and with engine.kind=single"
         ) from None
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.addFilter(_not_about_our_optimizer)
     # On a CPU DeepSpeed compiles an all-reduce for inference at its start. Training has no use for it, it takes a
     # minute, and a process killed meanwhile leaves a lock file behind that every later start would wait for, for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -4,6 +4,7 @@ from fastgpt_kernels import Ops
 from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
+from fastgpt.model.cache import LayerCache
 from fastgpt.model.dropout import Masks, Site
 from fastgpt.model.layers import Linear
 
@@ -18,8 +19,17 @@ class CausalSelfAttention(nn.Module):
         self.qkv = Linear(config.n_embd, 3 * config.n_embd)
         self.out = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, masks: Masks) -> Tensor:
-        """Project, attend, project back; dropout on the attention weights and on the output."""
+    def forward(self, x: Tensor, masks: Masks, *, cache: LayerCache | None = None) -> Tensor:
+        """Project, attend, project back; dropout on the attention weights."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # a view: (B, T, 3, H, D)
-        mixed = self.ops.causal_attention(qkv, dropout_p=masks.p, seed=masks.seed_at(Site.ATTENTION_WEIGHTS))
-        return self.ops.dropout(self.out(mixed.flatten(-2)), masks.p, masks.seed_at(Site.ATTENTION_OUTPUT))
+        projected: Tensor = self.out(self._attend(qkv, masks, cache).flatten(-2))
+        return projected
+
+    def _attend(self, qkv: Tensor, masks: Masks, cache: LayerCache | None) -> Tensor:
+        """(B, T, 3, H, D) -> (B, T, H, D); with a cache that holds earlier tokens, over those too."""
+        if cache is not None:
+            cache.append(qkv)
+            if cache.start:
+                q = qkv[:, 0, 0]
+                return self.ops.decode_attention(q, cache.keys, cache.values, cache.lengths).unsqueeze(1)
+        return self.ops.causal_attention(qkv, dropout_p=masks.p, seed=masks.seed_at(Site.ATTENTION_WEIGHTS))

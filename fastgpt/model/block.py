@@ -5,37 +5,49 @@ from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
 from fastgpt.model.attention import CausalSelfAttention
-from fastgpt.model.dropout import Masks
-from fastgpt.model.layers import LayerNorm
+from fastgpt.model.cache import LayerCache
+from fastgpt.model.dropout import Masks, Site
+from fastgpt.model.layers import AddLayerNorm, LayerNorm
 from fastgpt.model.mlp import MLP
 
 
-class Block(nn.Module):
-    """The parts that both forms have; x (B, T, N) -> (B, T, N)."""
+class PreNormBlock(nn.Module):
+    """GPT-2 (Radford et al. 2019, section 2.3): the residual stream itself is never normalised.
+
+    n = x + dropout(attention(norm_1(x)))    h = n + dropout(mlp(norm_2(n)))    x, n, h (B, T, N)
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.norm_1 = LayerNorm(config.n_embd, ops)
         self.attention = CausalSelfAttention(config, ops)
-        self.norm_2 = LayerNorm(config.n_embd, ops)
+        self.norm_2 = AddLayerNorm(config.n_embd, ops)
         self.mlp = MLP(config, ops)
 
-
-class PreNormBlock(Block):
-    """GPT-2 (Radford et al. 2019, section 2.3): the residual stream itself is never normalised."""
-
-    def forward(self, x: Tensor, masks: Masks) -> Tensor:
+    def forward(self, x: Tensor, masks: Masks, *, cache: LayerCache | None = None) -> Tensor:
         """One block of the stack."""
-        n = x + self.attention(self.norm_1(x), masks)
-        h: Tensor = n + self.mlp(self.norm_2(n), masks)
-        return h
+        branch = self.attention(self.norm_1(x), masks, cache=cache)
+        normed, n = self.norm_2(branch, x, masks.p, masks.seed_at(Site.ATTENTION_OUTPUT))
+        return self.ops.dropout_add(self.mlp(normed), n, masks.p, masks.seed_at(Site.MLP_OUTPUT))
 
 
-class PostNormBlock(Block):
-    """GPT-1 (Radford et al. 2018, section 3.1), after Vaswani et al. 2017: each sum is normalised."""
+class PostNormBlock(nn.Module):
+    """GPT-1 (Radford et al. 2018, section 3.1), after Vaswani et al. 2017: each sum is normalised.
 
-    def forward(self, x: Tensor, masks: Masks) -> Tensor:
+    n = norm_1(x + dropout(attention(x)))    h = norm_2(n + dropout(mlp(n)))    x, n, h (B, T, N)
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.norm_1 = AddLayerNorm(config.n_embd, ops)
+        self.attention = CausalSelfAttention(config, ops)
+        self.norm_2 = AddLayerNorm(config.n_embd, ops)
+        self.mlp = MLP(config, ops)
+
+    def forward(self, x: Tensor, masks: Masks, *, cache: LayerCache | None = None) -> Tensor:
         """One block of the stack."""
-        n = self.norm_1(x + self.attention(x, masks))
-        h: Tensor = self.norm_2(n + self.mlp(n, masks))
+        branch = self.attention(x, masks, cache=cache)
+        n, _ = self.norm_1(branch, x, masks.p, masks.seed_at(Site.ATTENTION_OUTPUT))
+        h: Tensor = self.norm_2(self.mlp(n), n, masks.p, masks.seed_at(Site.MLP_OUTPUT))[0]
         return h

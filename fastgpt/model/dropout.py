@@ -1,10 +1,14 @@
-"""Where a layer's dropout masks come from: a seed handed down with the call, never a global generator.
+"""Where a layer's dropout masks come from: seeds handed down with the call, never a global generator.
 
-A recomputed forward (activation checkpointing) and another rank therefore draw the same masks.
+A recomputed forward (activation checkpointing) and another rank therefore draw the same masks. The seeds are tensors,
+so that a compiled block or a captured graph draws the masks of other seeds without being made anew.
 """
 
 from enum import IntEnum
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from fastgpt.model.seeds import fold
 
@@ -22,9 +26,13 @@ class Masks(NamedTuple):
     """The dropout of one layer in one forward pass; p = 0 keeps everything."""
 
     p: float
-    seed: int
-    layer: int
+    seeds: Tensor | None  # (sites,) int64, on the layer's device; None where p is 0
 
-    def seed_at(self, site: Site) -> int:
-        """The seed of the mask at a site, unlike that of any other site or layer."""
-        return fold(self.seed, self.layer, site)
+    def seed_at(self, site: Site) -> Tensor | None:
+        """The seed of the mask at a site, one int64 unlike that of any other site or layer."""
+        return None if self.seeds is None else self.seeds[site]
+
+
+def dropout_seeds(seed: int, layers: int) -> Tensor:
+    """The seeds of all masks of a forward pass: (layers, sites) int64 on the CPU. The embedding drops with layer 0."""
+    return torch.tensor([[fold(seed, layer, site) for site in Site] for layer in range(layers)], dtype=torch.int64)

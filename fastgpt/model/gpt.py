@@ -2,14 +2,17 @@
 
 import torch
 from fastgpt_kernels import Ops
+from fastgpt_kernels.checks import Reduction
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model.block import PostNormBlock, PreNormBlock
-from fastgpt.model.dropout import Masks, Site
-from fastgpt.model.layers import Embedding, LayerNorm, TiedEmbedding
+from fastgpt.model.cache import KeyValueCache
+from fastgpt.model.dropout import Masks, Site, dropout_seeds
+from fastgpt.model.heads import language_model_loss
+from fastgpt.model.layers import LayerNorm, PositionEmbedding, TiedEmbedding
 
 
 class GPT(nn.Module):
@@ -26,8 +29,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.ops = ops
-        self.token_embedding = TiedEmbedding(config.vocab_size, config.n_embd)
-        self.position_embedding = Embedding(config.context, config.n_embd)
+        self.token_embedding = TiedEmbedding(config.vocab_size, config.n_embd, ops)
+        self.position_embedding = PositionEmbedding(config.context, config.n_embd)
         block = PreNormBlock if config.norm == "pre" else PostNormBlock
         self.blocks = nn.ModuleList(block(config, ops) for _ in range(config.n_layer))
         self.final_norm = LayerNorm(config.n_embd, ops) if config.norm == "pre" else nn.Identity()
@@ -36,59 +39,97 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,
         *,
-        dropout_seed: int | None = None,
+        targets: Tensor | None = None,
+        reduction: Reduction = "mean",
+        dropout_seed: int | Tensor | None = None,
         checkpoint_activations: bool = False,
+        cache: KeyValueCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits of the token that follows each position.
+        """Logits of the token that follows each position, or how well they tell the targets.
 
         Args:
             tokens: (B, T) int64, each below `vocab_size`, T at most `context`.
-            dropout_seed: required where dropout is active.
+            targets: (B, T) int64, the tokens that follow, or -100 where none counts; asks for the loss.
+            reduction: of the loss, "mean", "sum" or "none".
+            dropout_seed: required where dropout is active: an int, or the table that `dropout_seeds` makes of one.
             checkpoint_activations: keep only each block's input for the backward pass, which recomputes the rest.
+            cache: of the tokens before these, which are added to it. Positions count from its first.
             last_only: compute the logits of the last position only.
 
         Returns:
-            (B, T, V), or (B, V) with `last_only`, in the dtype of the parameters.
+            (B, T, V), or (B, V) with `last_only`, in the dtype of the parameters. With targets the loss in nats, in
+            float32 at least: a scalar, or (B, T) for "none".
 
         Raises:
-            UserError: T is out of range, or dropout is active and has no seed.
+            UserError: T is out of range; dropout is active and has no seed, or a cache; several tokens come after those
+                of a cache.
         """
-        x = self.hidden(tokens, dropout_seed=dropout_seed, checkpoint_activations=checkpoint_activations)
-        logits: Tensor = self.token_embedding(x[:, -1] if last_only else x, reverse=True)
-        return logits
+        x = self.hidden(tokens, dropout_seed=dropout_seed, checkpoint_activations=checkpoint_activations, cache=cache)
+        logits: Tensor = self.token_embedding(x[:, -1] if last_only else x)
+        if targets is None:
+            return logits
+        # nobody else has these logits: their memory is free to take their gradient
+        return language_model_loss(self.ops, logits, targets, reduction, consume=torch.is_grad_enabled())
 
     def hidden(
-        self, tokens: Tensor, *, dropout_seed: int | None = None, checkpoint_activations: bool = False
+        self,
+        tokens: Tensor,
+        *,
+        dropout_seed: int | Tensor | None = None,
+        checkpoint_activations: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """The final hidden states (B, T, N), which the output matrix turns into logits; arguments as for `forward`."""
         length = tokens.shape[1]
-        if not 1 <= length <= self.config.context:
-            raise UserError(f"{length} tokens do not fit the model: model.context allows 1 to {self.config.context}")
-        p, seed = self._dropout(dropout_seed)
-        positions = torch.arange(length, device=tokens.device)
-        x = self.token_embedding(tokens) + self.position_embedding(positions)
-        x = self.ops.dropout(x, p, Masks(p, seed, layer=0).seed_at(Site.EMBEDDING))
-        for layer, block in enumerate(self.blocks):
-            masks = Masks(p, seed, layer)
+        start = cache.length if cache else 0
+        self._check_length(start, length, cache)
+        p, seeds = self._dropout(dropout_seed, tokens.device)
+        if cache is not None and p:
+            raise UserError("a cache of keys and values goes with the model in evaluation mode: call eval() first")
+        layers = [Masks(p, None if seeds is None else seeds[layer]) for layer in range(self.config.n_layer)]
+        caches = cache.layers(length) if cache else [None] * self.config.n_layer
+        x = self.position_embedding(
+            tokens, table=self.token_embedding, start=start, p=p, seed=layers[0].seed_at(Site.EMBEDDING)
+        )
+        for block, masks, kept in zip(self.blocks, layers, caches, strict=True):
             if checkpoint_activations:
                 # no random state to preserve: the seeds are arguments
-                x = checkpoint(block, x, masks, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, masks, cache=kept, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, masks)
+                x = block(x, masks, cache=kept)
+        if cache:
+            cache.length += length
         normed: Tensor = self.final_norm(x)
         return normed
 
-    def _dropout(self, seed: int | None) -> tuple[float, int]:
-        """The dropout probability of this pass, and its seed."""
+    def _check_length(self, start: int, length: int, cache: KeyValueCache | None) -> None:
+        if length < 1 or start + length > self.config.context:
+            after = f" after {start}" if start else ""
+            raise UserError(
+                f"{length} tokens{after} do not fit the model: model.context allows 1 to {self.config.context}"
+            )
+        if cache is None:
+            return
+        if start + length > cache.capacity:
+            raise UserError(f"{length} tokens do not fit the cache: it holds {start} of at most {cache.capacity}")
+        if start and length > 1:
+            raise UserError(f"{length} tokens at once after the {start} of the cache: give them one at a time")
+
+    def _dropout(self, seed: int | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+        """The dropout probability of this pass, and the seeds of its masks on the device, in one copy."""
         if not self.training or self.config.dropout == 0.0:
-            return 0.0, 0
+            return 0.0, None
         if seed is None:
             raise UserError(
                 f"model.dropout is {self.config.dropout} and the model is in training mode, but dropout_seed is None: "
                 "give a seed, or call eval() first"
             )
-        return self.config.dropout, seed
+        seeds = seed if isinstance(seed, Tensor) else dropout_seeds(seed, self.config.n_layer)
+        if device.type == "cuda" and seeds.device.type == "cpu":
+            # from pinned memory, or the host would wait for the device
+            seeds = seeds.pin_memory().to(device, non_blocking=True)
+        return self.config.dropout, seeds.to(device)
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from fastgpt_kernels import Ops
 from torch import Tensor, nn
 
-from fastgpt.model.lookup import lookup
-
 EPSILON = 1e-5  # of layer normalisation, in GPT-1 and GPT-2
 
 
@@ -35,7 +33,7 @@ class LinearGelu(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation of each row's affine map."""
-        return self.ops.bias_gelu(F.linear(x, self.weight), self.bias, approximate="tanh")
+        return self.ops.linear_gelu(x, self.weight, self.bias, approximate="tanh")
 
 
 class LayerNorm(nn.Module):
@@ -52,21 +50,51 @@ class LayerNorm(nn.Module):
         return self.ops.layer_norm(x, self.weight, self.bias, EPSILON)
 
 
-class Embedding(nn.Module):
-    """ids (...) int64 -> (..., width): rows of a table."""
+class AddLayerNorm(LayerNorm):
+    """A residual branch joins the stream, and the sum is normalised."""
+
+    def forward(  # type: ignore[override]
+        self, branch: Tensor, stream: Tensor, p: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of stream + dropout(branch), and that sum; all (..., width)."""
+        return self.ops.add_layer_norm(branch, stream, self.weight, self.bias, EPSILON, dropout_p=p, seed=seed)
+
+
+class TiedEmbedding(nn.Module):
+    """The table of tokens, both the input embedding and the output matrix (Press and Wolf 2017)."""
+
+    def __init__(self, rows: int, width: int, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.ops = ops
+
+    def forward(
+        self, x: Tensor, *, positions: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+    ) -> Tensor:
+        """Activations (..., width) -> logits (..., rows); with positions (at least T, width), the way in.
+
+        Tokens (B, T) then become dropout(token + position), (B, T, width).
+        """
+        if positions is None:
+            return F.linear(x, self.weight)
+        return self.ops.embedding(x, self.weight, positions, dropout_p=p, seed=seed)
+
+
+class PositionEmbedding(nn.Module):
+    """The table of positions, each added to the token that stands there."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """The row of each id."""
-        return lookup(ids, self.weight)
+    def forward(
+        self, tokens: Tensor, *, table: TiedEmbedding, start: int = 0, p: float = 0.0, seed: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (B, T) at positions from `start` on -> dropout(token + position), (B, T, width).
 
-
-class TiedEmbedding(Embedding):
-    """A table that is both the input embedding and the output matrix (Press and Wolf 2017)."""
-
-    def forward(self, x: Tensor, *, reverse: bool = False) -> Tensor:
-        """ids (...) -> (..., width); in reverse, activations (..., width) -> logits (..., rows)."""
-        return F.linear(x, self.weight) if reverse else super().forward(x)
+        The table's own forward runs within this one, so that both tables are there for the one operation that reads
+        them.
+        """
+        positions = self.weight[start:] if start else self.weight
+        embedded: Tensor = table(tokens, positions=positions, p=p, seed=seed)
+        return embedded

@@ -4,7 +4,6 @@ from fastgpt_kernels import Ops
 from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
-from fastgpt.model.dropout import Masks, Site
 from fastgpt.model.layers import Linear, LinearGelu
 
 
@@ -13,10 +12,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
-        self.ops = ops
         self.up = LinearGelu(config.n_embd, 4 * config.n_embd, ops)
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, masks: Masks) -> Tensor:
-        """Up, GELU, down; dropout on the output."""
-        return self.ops.dropout(self.down(self.up(x)), masks.p, masks.seed_at(Site.MLP_OUTPUT))
+    def forward(self, x: Tensor) -> Tensor:
+        """Up, GELU, down."""
+        down: Tensor = self.down(self.up(x))
+        return down

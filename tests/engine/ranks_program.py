@@ -1,7 +1,8 @@
 """Run by torchrun, or alone: trains a small model by each scenario of a JSON list and writes down what happened.
 
 usage: ranks_program.py SCENARIOS RESULTS
-A scenario: {"name", "kind", "stage", "precision", "steps", "overrides"?, "read"?, "write"?}
+A scenario: {"name", "kind", "stage", "precision", "steps", "overrides"?, "sharded"?, "read"?, "write"?}
+"sharded" makes ZeRO-3 keep no parameter gathered; it would keep every one of so small a model.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from fastgpt_kernels import load_ops
@@ -16,6 +18,7 @@ from fastgpt_kernels import load_ops
 from fastgpt.config import Config
 from fastgpt.data.source import RandomSource
 from fastgpt.engine.base import Engine
+from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.launch import Launch
@@ -64,21 +67,29 @@ def fingerprints(engine: Engine) -> dict[str, str] | None:
     }
 
 
+def sharded_settings(config: Config, precision: str, world_size: int) -> dict[str, Any]:
+    ours = deepspeed_settings(config, precision, world_size)
+    return ours | {"zero_optimization": ours["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+
+
 def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     config = settings(scenario)
-    engine = prepare(
-        lambda: GPT(config.model, load_ops("torch")),
-        config,
-        kind=scenario["kind"],
-        precision=scenario["precision"],
-        device=torch.device("cpu"),
-        ranks=ranks,
-    )
+    chosen = sharded_settings if scenario.get("sharded") else deepspeed_settings
+    with mock.patch("fastgpt.engine.zero.deepspeed_settings", chosen):
+        engine = prepare(
+            lambda: GPT(config.model, load_ops("torch")),
+            config,
+            kind=scenario["kind"],
+            precision=scenario["precision"],
+            device=torch.device("cpu"),
+            ranks=ranks,
+        )
     probe = torch.arange(2 * CONTEXT).reshape(2, CONTEXT)
     if scenario.get("read"):
         engine.read(Path(scenario["read"]))
     first = engine.evaluation_loss(probe, probe)
     start = fingerprints(engine)
+    before = engine.last_logits(probe[:, :7])
     source = RandomSource(
         VOCABULARY, CONTEXT, MICRO_BATCH, config.micro_batches, 7, ranks.rank, ranks.world_size
     ).batches(engine.step)
@@ -92,13 +103,18 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         engine.write(folder)
         ranks.barrier()
     weights = engine.model_state()
+    after, continued = (engine.last_logits(probe[:, :length]) for length in (7, 8))
+    # another text, whose longer part comes first: nothing of the calls before can be continued
+    longer, shorter = (engine.last_logits(probe[:, :length].flip(0)).flip(0) for length in (8, 7))
     return {
         "start": start,
         "updates": updates,
         "first_forward": first,
         "last_forward": engine.evaluation_loss(probe, probe),
-        "logits": engine.last_logits(probe).sum().item(),
+        "sampling_moved": (after - before).abs().max().item(),
+        "sampling_errors": [(a - b).abs().max().item() for a, b in ((after, shorter), (continued, longer))],
         "end": fingerprints(engine),
+        "kept_gathered": sum(getattr(p, "ds_persist", False) for p in engine._weights.values()),
         "dtype": str(next(iter(weights.values())).dtype) if weights else None,
     }
 

@@ -60,9 +60,12 @@ def results(
                 {**base, "name": f"{name}-resumed", "steps": END, "read": state},
                 {**base, "name": f"{name}-from-single", "steps": END, "read": str(folder / f"single-{precision}")},
             ]
-    deepspeed.append(
-        {**next(s for s in deepspeed if s["name"] == "zero3-fp32"), "name": "zero3-recomputed", "overrides": recomputed}
-    )
+    for precision in PRECISIONS:
+        third = next(s for s in deepspeed if s["name"] == f"zero3-{precision}")
+        deepspeed += [
+            {**third, "name": f"zero3-{precision}-sharded", "sharded": True},
+            {**third, "name": f"zero3-{precision}-recomputed", "sharded": True, "overrides": recomputed},
+        ]
     go(pair, deepspeed)
     go(
         alone,
@@ -148,7 +151,24 @@ def test_a_state_moves_between_the_engines(stage: int, precision: str, results: 
 
 def test_recomputed_activations_change_no_bit(results: Results) -> None:
     assert results["single-recomputed"]["updates"] == results["single-fp32"]["updates"]
-    assert results["zero3-recomputed"]["updates"] == results["zero3-fp32"]["updates"]
+    for precision in PRECISIONS:
+        assert results[f"zero3-{precision}-recomputed"]["updates"] == results[f"zero3-{precision}"]["updates"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_parameters_that_are_gathered_for_their_modules_only_change_no_bit(precision: str, results: Results) -> None:
+    kept, sharded = results[f"zero3-{precision}"], results[f"zero3-{precision}-sharded"]
+    assert (kept["kept_gathered"] > 0, sharded["kept_gathered"]) == (True, 0)
+    assert sharded["updates"] == kept["updates"]
+    assert sharded["end"] == kept["end"]
+
+
+def test_samples_after_an_update_come_from_the_new_weights(results: Results) -> None:
+    """Keys and values are kept from one token of a sample to the next, but not from one update to the next."""
+    for name, result in results.items():
+        assert result["sampling_moved"] > 0.01, name
+        if "fp32" in name:
+            assert max(result["sampling_errors"]) <= 1e-5, name
 
 
 def test_gradients_were_clipped(results: Results) -> None:

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from fastgpt_kernels import load_ops
@@ -7,10 +8,11 @@ from torch import Tensor
 
 from fastgpt.config import ModelConfig
 from fastgpt.model import GPT, build_model
-from fastgpt.model.block import Block
-from fastgpt.model.dropout import Masks
+from fastgpt.model.block import PostNormBlock, PreNormBlock
+from fastgpt.model.dropout import Masks, Site, dropout_seeds
 
-NO_DROPOUT = Masks(p=0.0, seed=0, layer=0)
+NO_DROPOUT = Masks(p=0.0, seeds=None)
+Block = PreNormBlock | PostNormBlock
 
 
 def attention(block: Block, x: Tensor) -> Tensor:
@@ -61,3 +63,27 @@ def test_a_pre_norm_block_normalises_what_each_branch_reads(
     n = x + attention(block, normed(x, block.norm_1))
     expected = n + mlp(block, normed(n, block.norm_2))
     torch.testing.assert_close(block(x, NO_DROPOUT), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_each_branch_is_dropped_before_it_joins_the_stream(
+    norm: str, config_of: Callable[..., ModelConfig], scramble: Callable[[GPT], GPT]
+) -> None:
+    block, x = block_and_input(norm, config_of, scramble)
+    masks = Masks(0.4, dropout_seeds(5, 2)[1])
+    drop = load_ops("torch").dropout
+
+    def attended(x: torch.Tensor) -> torch.Tensor:
+        return drop(block.attention(x, masks), 0.4, masks.seed_at(Site.ATTENTION_OUTPUT))
+
+    def fed(x: torch.Tensor) -> torch.Tensor:
+        return drop(mlp(block, x), 0.4, masks.seed_at(Site.MLP_OUTPUT))
+
+    if norm == "pre":
+        n = x + attended(normed(x, block.norm_1))
+        expected = n + fed(normed(n, block.norm_2))
+    else:
+        n = normed(x + attended(x), block.norm_1)
+        expected = normed(n + fed(n), block.norm_2)
+    torch.testing.assert_close(block(x, masks), expected)

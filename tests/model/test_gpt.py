@@ -1,8 +1,10 @@
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from fastgpt_kernels import load_ops
+from fastgpt_kernels import Ops, load_ops
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -10,7 +12,8 @@ from torch import Tensor
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, build_model, flops_per_token, parameter_count
-from fastgpt.model.heads import language_model_loss
+from fastgpt.model.dropout import dropout_seeds
+from fastgpt.model.seeds import fold
 
 GPT2 = {"context": 1024, "vocab_size": 50257, "norm": "pre"}
 PUBLISHED = {
@@ -108,7 +111,7 @@ def test_sequences_of_a_batch_do_not_see_each_other(model: GPT, tokens: Tensor) 
 
 
 def test_gradients_reach_every_parameter(model: GPT, tokens: Tensor) -> None:
-    language_model_loss(model(tokens), tokens.roll(-1, 1)).backward()
+    model(tokens, targets=tokens.roll(-1, 1)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -152,29 +155,81 @@ def test_dropout_without_a_seed_is_an_error_in_training_and_absent_in_evaluation
 
 
 def test_every_site_and_layer_drops_with_a_seed_of_its_own(dropping: GPT, tokens: Tensor) -> None:
-    seen: list[tuple[float, int]] = []
+    seen: list[tuple[float, Tensor]] = []
 
-    def spying_attention(qkv: Tensor, *, dropout_p: float, seed: int) -> Tensor:
-        seen.append((dropout_p, seed))
-        return qkv[:, :, 2]
+    def spy_on(operation: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(operation)
 
-    def spying_dropout(x: Tensor, p: float, seed: int) -> Tensor:
-        seen.append((p, seed))
-        return x
+        def spy(*args: Any, **options: Any) -> Any:
+            given = signature.bind(*args, **options).arguments
+            seen.append((given["p"] if "p" in given else given["dropout_p"], given["seed"]))
+            return operation(*args, **options)
 
-    ops = dropping.ops._replace(causal_attention=spying_attention, dropout=spying_dropout)
-    GPT(dropping.config, ops)(tokens, dropout_seed=5)
+        return spy
+
+    names = [name for name in Ops._fields[1:] if "seed" in inspect.signature(getattr(dropping.ops, name)).parameters]
+    ops = dropping.ops._replace(**{name: spy_on(getattr(dropping.ops, name)) for name in names})
+    spied = GPT(dropping.config, ops)
+    spied.load_state_dict(dropping.state_dict())
+    spied(tokens, dropout_seed=5)
     assert {p for p, _ in seen} == {0.3}
-    # embedding; in each layer attention weights, attention output and MLP output
-    assert len(seen) == len({seed for _, seed in seen}) == 1 + 3 * dropping.config.n_layer
+    # the embedding; in each layer attention weights, attention output and MLP output
+    expected = [fold(5, 0, 0)] + [
+        fold(5, layer, site) for layer in range(dropping.config.n_layer) for site in (1, 2, 3)
+    ]
+    assert [int(seed) for _, seed in seen] == expected
+    assert len(set(expected)) == len(expected)
+    # one tensor holds them all: a single copy to the device
+    assert len({seed.untyped_storage().data_ptr() for _, seed in seen}) == 1
+    assert {(seed.dtype, seed.numel()) for _, seed in seen} == {(torch.int64, 1)}
+
+
+def test_a_table_of_seeds_does_what_its_seed_does(dropping: GPT, tokens: Tensor) -> None:
+    seeds = dropout_seeds(5, dropping.config.n_layer)
+    assert torch.equal(dropping(tokens, dropout_seed=seeds), dropping(tokens, dropout_seed=5))
+
+
+def test_a_backend_is_handed_the_whole_of_a_branch_to_fuse(dropping: GPT, tokens: Tensor) -> None:
+    """No dropout, sum or activation of its own is left in the model between the operations."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    operations = load_ops("torch")
+    outside: set[str] = set()
+    inside = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not inside:
+                outside.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    def enclose(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal inside
+            inside += 1
+            try:
+                return operation(*args, **options)
+            finally:
+                inside -= 1
+
+        return call
+
+    ops = operations._replace(**{name: enclose(getattr(operations, name)) for name in Ops._fields[1:]})
+    spied = GPT(dropping.config, ops)
+    spied.load_state_dict(dropping.state_dict())
+    seeds = dropout_seeds(5, dropping.config.n_layer)
+    with Watch():
+        spied(tokens, targets=tokens, dropout_seed=seeds)
+    products = {"addmm", "mm", "t", "linear"}
+    views = {"view", "_unsafe_view", "select", "slice", "transpose", "alias", "detach", "expand", "unsqueeze"}
+    assert outside <= products | views, outside - products - views
 
 
 def test_checkpointed_activations_give_bit_identical_gradients_with_dropout(dropping: GPT, tokens: Tensor) -> None:
     gradients = []
     for checkpointed in (False, True):
         dropping.zero_grad()
-        logits = dropping(tokens, dropout_seed=5, checkpoint_activations=checkpointed)
-        language_model_loss(logits, tokens.roll(-1, 1)).backward()
+        dropping(tokens, targets=tokens.roll(-1, 1), dropout_seed=5, checkpoint_activations=checkpointed).backward()
         gradients.append([parameter.grad for parameter in dropping.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

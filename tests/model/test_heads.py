@@ -1,14 +1,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from fastgpt_kernels import Ops, load_ops
 from torch import Tensor
 
-from fastgpt.model import heads
+from fastgpt.model import GPT
 from fastgpt.model.heads import language_model_loss
 
 SHAPES = [(1, 1, 1), (2, 3, 7), (1, 5, 50257), (3, 300, 1001)]
+
+
+@pytest.fixture
+def ops() -> Ops:
+    return load_ops("torch")
 
 
 def logits_and_targets(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -24,11 +28,12 @@ def torch_loss(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
+@pytest.mark.parametrize("consume", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_loss_and_gradient_are_as_close_to_float64_as_twice_pytorch(
-    shape: tuple[int, int, int], dtype: torch.dtype, reduction: str
+    shape: tuple[int, int, int], dtype: torch.dtype, reduction: str, consume: bool, ops: Ops
 ) -> None:
     logits, targets = logits_and_targets(shape, dtype)
     weights = torch.randn(targets.numel(), generator=torch.Generator().manual_seed(2))
@@ -36,7 +41,7 @@ def test_loss_and_gradient_are_as_close_to_float64_as_twice_pytorch(
     for x, loss in [
         (logits.detach().double(), torch_loss),
         (logits.detach(), lambda x, *rest: torch_loss(x.float(), *rest)),
-        (logits.detach(), language_model_loss),
+        (logits.detach(), lambda x, *rest: language_model_loss(ops, x.clone(), *rest, consume=consume)),
     ]:
         value = loss(x.requires_grad_(), targets, reduction)
         scalar = (value.flatten() * weights.to(value.dtype)).sum() if reduction == "none" else value
@@ -49,36 +54,42 @@ def test_loss_and_gradient_are_as_close_to_float64_as_twice_pytorch(
     assert results[2][1].dtype == dtype
 
 
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 13), st.integers(1, 40))
-def test_the_size_of_the_row_buffer_changes_nothing(batch: int, length: int, columns: int, elements: int) -> None:
-    logits, targets = logits_and_targets((batch, length, columns), torch.float64)
-    whole = language_model_loss(logits, targets)
-    gradient = torch.autograd.grad(whole, logits)[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(heads._BUFFER_ELEMENTS, "cpu", elements)
-        in_pieces = language_model_loss(logits, targets)
-        assert torch.equal(in_pieces, whole)
-        assert torch.equal(torch.autograd.grad(in_pieces, logits)[0], gradient)
-
-
-def test_the_gradient_is_that_of_the_loss() -> None:
-    logits, targets = logits_and_targets((2, 3, 5), torch.float64)
-    assert torch.autograd.gradcheck(lambda x: language_model_loss(x, targets, "none"), logits)
-
-
-def test_a_batch_without_targets_has_sum_zero_and_zero_gradient() -> None:
+def test_a_batch_without_targets_has_sum_zero_and_zero_gradient(ops: Ops) -> None:
     logits, _ = logits_and_targets((2, 3, 7), torch.bfloat16)
     targets = torch.full((2, 3), -100)
-    total = language_model_loss(logits, targets, reduction="sum")
+    total = language_model_loss(ops, logits, targets, reduction="sum")
     total.backward()
     assert total == 0
     assert (logits.grad == 0).all()
-    assert language_model_loss(logits, targets, reduction="none").eq(0).all()
-    assert language_model_loss(logits, targets).isnan()
+    assert language_model_loss(ops, logits, targets, reduction="none").eq(0).all()
+    assert language_model_loss(ops, logits, targets).isnan()
 
 
-def test_a_loss_scale_acts_before_fp16_gradients_underflow() -> None:
+def test_a_loss_scale_acts_before_fp16_gradients_underflow(ops: Ops) -> None:
     logits, targets = logits_and_targets((8, 1024, 11), torch.float16)
-    (2.0**16 * language_model_loss(logits, targets)).backward()
+    (2.0**16 * language_model_loss(ops, logits, targets)).backward()
     counting = logits.grad[targets != -100]
     assert (counting != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_model_given_targets_returns_the_loss_of_its_logits(model: GPT, tokens: Tensor, reduction: str) -> None:
+    targets = tokens.roll(-1, 1).masked_fill(tokens == tokens[0, 3], -100)
+    loss = model(tokens, targets=targets, reduction=reduction)
+    torch.testing.assert_close(loss, language_model_loss(model.ops, model(tokens), targets, reduction))
+    assert loss.shape == (targets.shape if reduction == "none" else ())
+
+
+def test_only_a_loss_that_gets_a_gradient_consumes_the_logits(model: GPT, tokens: Tensor) -> None:
+    consumed: list[bool] = []
+    cross_entropy = model.ops.cross_entropy
+
+    def spy(logits: Tensor, targets: Tensor, *, consume: bool, **options: object) -> Tensor:
+        consumed.append(consume)
+        return cross_entropy(logits, targets, consume=consume, **options)
+
+    spied = GPT(model.config, model.ops._replace(cross_entropy=spy))
+    spied(tokens, targets=tokens)
+    with torch.no_grad():
+        spied(tokens, targets=tokens)
+    assert consumed == [True, False]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastgpt.config import ModelConfig
 from fastgpt.model import build_model
-from fastgpt.model.heads import language_model_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 80, "context": 37, "vocab_size": 97}
@@ -25,8 +24,8 @@ def loss_and_gradients(
     """The loss of one batch and the gradient of every parameter, in float64 on the CPU."""
     model = build_model(config, load_ops(backend), seed=3).to(DEVICE, dtype)
     tokens = torch.randint(config.vocab_size, (2, config.context + 1), generator=torch.Generator().manual_seed(1))
-    logits = model(tokens[:, :-1].to(DEVICE), dropout_seed=9, checkpoint_activations=checkpointed)
-    loss = language_model_loss(logits, tokens[:, 1:].to(DEVICE))
+    inputs, targets = tokens[:, :-1].to(DEVICE), tokens[:, 1:].to(DEVICE)
+    loss = model(inputs, targets=targets, dropout_seed=9, checkpoint_activations=checkpointed)
     loss.backward()
     results = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
     return {name: tensor.double().cpu() for name, tensor in results.items()}

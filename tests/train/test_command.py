@@ -85,16 +85,15 @@ def test_the_model_in_the_checkpoint_is_the_one_that_was_validated(run: Path) ->
     last = [r for r in records(run) if r["split"] == "validation"][-1]
     from fastgpt.data.evaluation import validation_windows
     from fastgpt.data.shards import TokenShards
-    from fastgpt.model.heads import language_model_loss
 
     config = fastgpt.load_config(run / "config.yaml")
     cache = Path(config.data.cache or "")
     shards = TokenShards.open(next(cache.iterdir()), "validation")
     total = 0.0
     for batch in validation_windows(shards, 32, 2, limit=1000):
+        inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
         with torch.no_grad():
-            logits = model(torch.from_numpy(batch.inputs))
-        total += float(language_model_loss(logits, torch.from_numpy(batch.targets), reduction="sum"))
+            total += float(model(inputs, targets=targets, reduction="sum"))
     assert total / 1000 == pytest.approx(last["loss"], rel=1e-5)
 
 
