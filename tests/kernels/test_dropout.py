@@ -93,7 +93,7 @@ def test_checkpointing_recomputes_the_same_mask(backend, device):
 def test_torch_library_finds_the_ops_well_formed(device):
     load_ops("triton")
     x = torch.randn(3, 40, device=device, requires_grad=True)
-    torch.library.opcheck(dropout._dropout, (x, 0.5, torch.tensor([SEED], device=device)))
+    torch.library.opcheck(dropout._dropout, (x, 0.5, torch.tensor([SEED], device=device), x.dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,9 +1,14 @@
+import importlib
+
 import pytest
 import torch
 from fastgpt_kernels import UnsupportedInput, gelu, load_ops
 from fastgpt_kernels.testing import assert_as_close_as_torch, output_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+# of this name the package holds the function
+torch_gelu = importlib.import_module("fastgpt_kernels.torch_ops.gelu")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (3, 7), (2, 1023), (2, 3, 64), (70, 300)]
@@ -79,3 +84,47 @@ def test_every_reason_against_an_input_is_given(device, triton_ops):
         triton_ops.gelu(x, "erf")
     with pytest.raises(UnsupportedInput, match=r"bias has shape \(3,\)"):
         triton_ops.bias_gelu(x, torch.zeros(3, device=device))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (), (0, 4), (70, 3000)])
+def test_the_torch_backend_is_as_close_too(shape, dtype, form):
+    if 0 in shape:
+        x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        load_ops("torch").gelu(x, form).sum().backward()
+        assert x.grad.shape == shape
+        return
+    x = (3.0 * torch.randn(shape)).to(dtype)
+    assert_as_close_as_torch(lambda ops, x: ops.gelu(x, form), x, ops=load_ops("torch"))
+    if shape:
+        bias = torch.randn(shape[-1]).to(dtype)
+        assert_as_close_as_torch(lambda ops, x, bias: ops.bias_gelu(x, bias, form), x, bias, ops=load_ops("torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_torch_backend_s_composed_form_is_well_formed(dtype):
+    x = torch.randn(3, 40, dtype=dtype)
+    torch.library.opcheck(torch_gelu._gelu_tanh_16, (x, False))
+    torch.library.opcheck(torch_gelu._gelu_tanh_16, (x.t().requires_grad_(), True))
+    ops = load_ops("torch")
+    compiled = torch.compile(lambda x: ops.gelu(x * 2.0), fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(
+        output_and_gradients(compiled, [x]), output_and_gradients(lambda x: ops.gelu(x * 2.0), [x]), strict=True
+    ):
+        assert torch.equal(ours, eager)
+
+
+def test_the_torch_backend_s_result_depends_on_neither_chunks_nor_threads(monkeypatch):
+    x = torch.randn(1000, dtype=torch.bfloat16)
+    whole = output_and_gradients(load_ops("torch").gelu, [x])
+    monkeypatch.setattr(torch_gelu, "CHUNK", 64)
+    parts = output_and_gradients(load_ops("torch").gelu, [x])
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_the_torch_backend_s_composed_form_is_the_identity_or_zero_far_from_zero():
+    x = torch.tensor([-1e12, -1e4, -40.0, 40.0, 1e4, 1e12], dtype=torch.bfloat16)
+    y, dx = output_and_gradients(lambda x: load_ops("torch").gelu(x) * torch.ones(6), [x])
+    assert torch.equal(y, x.double().clamp(min=0.0))
+    assert dx.isfinite().all() and not dx[:3].any()
