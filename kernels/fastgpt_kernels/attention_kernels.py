@@ -57,7 +57,7 @@ def forward_kernel(
     first_query = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
     batch = (batch_head // H).to(tl.int64)
     q_ptr = qkv_ptr + batch * stride_b + head * stride_h
-    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + 2 * stride_s
+    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + tl.cast(stride_s, tl.int64) * 2
     starts_ptr = documents_ptr
     if documents_ptr is not None:
         starts_ptr += batch * T
@@ -213,7 +213,7 @@ def backward_queries_kernel(
     first_query = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
     batch = (batch_head // H).to(tl.int64)
     q_ptr = qkv_ptr + batch * stride_b + head * stride_h
-    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + 2 * stride_s
+    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + tl.cast(stride_s, tl.int64) * 2
     out_ptr += (batch * T * H + head) * D
     dout_ptr += batch * dout_stride_b + head * dout_stride_h
     lse_ptr += batch_head.to(tl.int64) * T
@@ -391,7 +391,7 @@ def backward_keys_kernel(
     first_key = tile * BLOCK_N
     batch = (batch_head // H).to(tl.int64)
     q_ptr = qkv_ptr + batch * stride_b + head * stride_h
-    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + 2 * stride_s
+    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + tl.cast(stride_s, tl.int64) * 2
     dout_ptr += batch * dout_stride_b + head * dout_stride_h
     lse_ptr += batch_head.to(tl.int64) * T
     delta_ptr += batch_head.to(tl.int64) * T
@@ -565,7 +565,8 @@ def documents_kernel(
 def _tile_of_program(tiles, H):
     """The tile, the head, and the index over batch and head that this program works on: neighbours share a head."""
     batch_head = tl.program_id(0) // tiles
-    return tl.program_id(0) % tiles, batch_head % H, batch_head
+    # in 64 bits, because strides between heads and parts may be large
+    return tl.program_id(0) % tiles, (batch_head % H).to(tl.int64), batch_head
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 # before any kernel is defined: a process either interprets or compiles
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastgpt.config import ModelConfig
 from fastgpt.model import build_model
+from fastgpt.model.dropout import dropout_seeds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 80, "context": 37, "vocab_size": 97}
@@ -50,3 +52,32 @@ def test_a_recomputed_triton_step_with_dropout_has_the_same_gradients() -> None:
     kept = loss_and_gradients("triton", config, torch.float32)
     recomputed = loss_and_gradients("triton", config, torch.float32, checkpointed=True)
     assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_replays_with_the_masks_of_other_seeds(norm: str) -> None:
+    config = ModelConfig.model_validate(SHAPE | {"norm": norm, "dropout": 0.2})
+    model = build_model(config, load_ops("triton"), seed=3).to(DEVICE, torch.bfloat16)
+    tokens = torch.randint(config.vocab_size, (2, config.context + 1), device=DEVICE)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    tables = [dropout_seeds(seed, config.n_layer).to(DEVICE) for seed in (5, 6)]
+
+    def step(seeds: Tensor) -> list[Tensor]:
+        loss = model(inputs, targets=targets, dropout_seed=seeds)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    eager = [[x.clone() for x in step(table)] for table in tables]
+    seeds = tables[0].clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(seeds)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(seeds)
+    for table, expected in zip(tables, eager, strict=True):
+        seeds.copy_(table)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert not torch.equal(eager[0][0], eager[1][0])
