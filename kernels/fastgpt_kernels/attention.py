@@ -21,8 +21,9 @@ visited, and only those that the diagonal cuts are masked.
 The dropout mask comes from Philox 4x32-10 with the seed as key and (head, i, j) as counter: it is the same in the
 forward and the backward and does not depend on the tile sizes, and no mask is stored.
 
-Limits: head sizes 16 to 128, float32, float16, bfloat16; any T >= 1, any strides. A head size between powers of two is
-split into two pieces (80 = 64 + 16, 96 = 64 + 32) rather than padded.
+Limits: head sizes 16 to 256, float32, float16, bfloat16; any T >= 1, any strides. A head size between powers of two is
+split into two pieces (80 = 64 + 16, 96 = 64 + 32, 160 = 128 + 32) rather than padded. One that 8 does not divide is
+copied into one that it does: its rows start where the hardware cannot load 16 bytes.
 
 Numerics: products in the input's dtype with float32 sums (float32 input: full precision, no tf32); softmax in float32
 in base 2; the weights and ds are rounded to the input's dtype before their products.
@@ -35,6 +36,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -78,9 +80,10 @@ def launch_forward(
     out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=qkv.device)
     tiles = _tiles_of("forward", qkv, seed, window, documents)
+    unit, strides = _strides(qkv)
     with launch.on_device_of(qkv):
         forward_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
-            qkv, out, lse, seed, documents, *qkv.stride(), B, T, H, window, scale, dropout_p, D, *pieces(D),
+            qkv, out, lse, seed, documents, *strides, B, T, H, window, scale, dropout_p, unit, D, *pieces(D),
             **tiles._asdict(), **_options(qkv),
         )  # fmt: skip
     return out, lse
@@ -97,14 +100,14 @@ def launch_backward(
     window: int | None = None,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of qkv from that of the output, (B, T, H, D) in any strides; in memory it lies as qkv does."""
+    """The gradient of qkv from that of the output, contiguous (B, T, H, D); in memory it lies as qkv does."""
     B, T, _, H, D = qkv.shape
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     query_tiles = _tiles_of("backward_queries", qkv, seed, window, documents)
     key_tiles = _tiles_of("backward_keys", qkv, seed, window, documents)
-    strides = (*qkv.stride(), *dout.stride(), *dqkv.stride())
-    shape = (B, T, H, window, scale, dropout_p, D, *pieces(D))
+    unit, strides = _strides(qkv, dqkv)
+    shape = (B, T, H, window, scale, dropout_p, unit, D, *pieces(D))
     with launch.on_device_of(qkv):
         # in this order: the kernel for queries leaves delta for the kernel for keys
         backward_queries_kernel[(triton.cdiv(T, query_tiles.BLOCK_M) * B * H,)](
@@ -115,6 +118,16 @@ def launch_backward(
             qkv, dout, lse, delta, dqkv, seed, documents, *strides, *shape, **key_tiles._asdict(), **_options(qkv)
         )
     return dqkv
+
+
+def _strides(*packed: Tensor) -> tuple[int, list[int]]:
+    """A unit, and the strides of all tensors in it, but for those between columns.
+
+    Triton knows of an integer whether 16 divides it. From the unit it learns that 8 does, and loads 16 bytes at once.
+    """
+    whole = all(stride % 8 == 0 for x in packed for stride in x.stride()[:4])
+    unit = 8 if whole else 1
+    return unit, [stride // unit if place < 4 else stride for x in packed for place, stride in enumerate(x.stride())]
 
 
 def _tiles_of(kernel: str, qkv: Tensor, seed: Tensor | None, window: int | None, documents: Tensor | None) -> Tiles:
@@ -130,11 +143,14 @@ def _options(qkv: Tensor) -> dict[str, Any]:
 
 
 def pieces(head_size: int) -> tuple[int, int]:
-    """The powers of two that hold a row: 64 and 0 for 64, 64 and 16 for 80, 64 and 32 for 96, 128 and 0 for 120."""
+    """The powers of two that hold a row: 64 and 0 for 64, 64 and 16 for 80, 128 and 0 for 120, 128 and 128 for 256.
+
+    Above 128 always two: a product with all of so wide a row would need more registers than there are.
+    """
     whole = triton.next_power_of_2(head_size)
     main = whole // 2
     tail = max(16, triton.next_power_of_2(head_size - main))
-    return (whole, 0) if main < 16 or main + tail >= whole else (main, tail)
+    return (whole, 0) if main < 16 or (main + tail >= whole and whole <= 128) else (main, tail)
 
 
 @torch.library.custom_op("fastgpt::documents", mutates_args=())
@@ -205,7 +221,9 @@ def _setup_context(
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     qkv, out, lse, seed, documents = ctx.saved_tensors
-    dqkv: Tensor = _attention_backward(qkv, out, lse, dout, ctx.scale, ctx.dropout_p, seed, ctx.window, documents)
+    dqkv: Tensor = _attention_backward(
+        qkv, out, lse, dout.contiguous(), ctx.scale, ctx.dropout_p, seed, ctx.window, documents
+    )
     return dqkv, None, None, None, None, None
 
 
@@ -247,8 +265,10 @@ def causal_attention(
     if not MIN_HEAD_SIZE <= D <= MAX_HEAD_SIZE:
         reasons.append(f"the head size is {D}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}")
     raise_if_any(reasons, "causal_attention", "triton", launch.REMEDY)
+    if D % 8:
+        qkv = F.pad(qkv, (0, -D % 8))
     key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
     documents = None if document_ids is None else _documents(document_ids)
     band = None if window is None or window >= T else window
     out: Tensor = _attention(qkv, scale or 1.0 / math.sqrt(D), dropout_p, key, band, documents)[0]
-    return out
+    return out[..., :D].contiguous() if D % 8 else out

@@ -45,6 +45,7 @@ def forward_kernel(
     window,  # or None
     scale,
     dropout_p,
+    UNIT: tl.constexpr,  # of the strides but stride_d: tells the compiler how much it may load at once
     D: tl.constexpr,
     MAIN: tl.constexpr,  # D = MAIN columns and a TAIL, both padded to a power of two
     TAIL: tl.constexpr,
@@ -56,8 +57,10 @@ def forward_kernel(
     # the last queries see the most keys: start with them, so that the short tiles fill the end
     first_query = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
     batch = (batch_head // H).to(tl.int64)
-    q_ptr = qkv_ptr + batch * stride_b + head * stride_h
-    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + tl.cast(stride_s, tl.int64) * 2
+    q_ptr = qkv_ptr + (batch * stride_b + head * stride_h) * UNIT
+    k_ptr = q_ptr + tl.cast(stride_s, tl.int64) * UNIT
+    v_ptr = k_ptr + tl.cast(stride_s, tl.int64) * UNIT
+    stride_t *= UNIT
     starts_ptr = documents_ptr
     if documents_ptr is not None:
         starts_ptr += batch * T
@@ -176,7 +179,7 @@ def _attend(
 def backward_queries_kernel(
     qkv_ptr,  # (B, T, 3, H, D)
     out_ptr,  # (B, T, H, D), contiguous
-    dout_ptr,  # (B, T, H, D)
+    dout_ptr,  # (B, T, H, D), contiguous
     lse_ptr,  # (B, H, T) float32, from the forward
     delta_ptr,  # (B, H, T) float32: written here, read by the kernel for keys
     dqkv_ptr,  # (B, T, 3, H, D); this kernel writes dq
@@ -187,10 +190,6 @@ def backward_queries_kernel(
     stride_s,
     stride_h,
     stride_d,
-    dout_stride_b,
-    dout_stride_t,
-    dout_stride_h,
-    dout_stride_d,
     dqkv_stride_b,
     dqkv_stride_t,
     dqkv_stride_s,
@@ -202,6 +201,7 @@ def backward_queries_kernel(
     window,
     scale,
     dropout_p,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -212,10 +212,12 @@ def backward_queries_kernel(
     tile, head, batch_head = _tile_of_program(tl.cdiv(T, BLOCK_M), H)
     first_query = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
     batch = (batch_head // H).to(tl.int64)
-    q_ptr = qkv_ptr + batch * stride_b + head * stride_h
-    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + tl.cast(stride_s, tl.int64) * 2
+    q_ptr = qkv_ptr + (batch * stride_b + head * stride_h) * UNIT
+    k_ptr = q_ptr + tl.cast(stride_s, tl.int64) * UNIT
+    v_ptr = k_ptr + tl.cast(stride_s, tl.int64) * UNIT
+    stride_t *= UNIT
     out_ptr += (batch * T * H + head) * D
-    dout_ptr += batch * dout_stride_b + head * dout_stride_h
+    dout_ptr += (batch * T * H + head) * D
     lse_ptr += batch_head.to(tl.int64) * T
     delta_ptr += batch_head.to(tl.int64) * T
     starts_ptr = documents_ptr
@@ -233,7 +235,7 @@ def backward_queries_kernel(
         HALF: tl.constexpr = BLOCK_M // 2
         middle = first_query + HALF
         q, q_tail = _load(q_ptr, middle, T, stride_t, stride_d, HALF, D, MAIN, TAIL, True)
-        dout, dout_tail = _load(dout_ptr, middle, T, dout_stride_t, dout_stride_d, HALF, D, MAIN, TAIL, True)
+        dout, dout_tail = _load(dout_ptr, middle, T, H * D, 1, HALF, D, MAIN, TAIL, True)
         lse, delta = _lse_and_delta(lse_ptr, out_ptr, dout, dout_tail, middle, T, H * D, D, MAIN, TAIL, HALF)
         half = tl.zeros((HALF, MAIN), tl.float32)
         half_tail = tl.zeros((HALF, TAIL if TAIL else 16), tl.float32)
@@ -248,7 +250,7 @@ def backward_queries_kernel(
             dq_tail = _stack(tl.zeros_like(half_tail), half_tail)
 
     q, q_tail = _load(q_ptr, first_query, T, stride_t, stride_d, BLOCK_M, D, MAIN, TAIL, True)
-    dout, dout_tail = _load(dout_ptr, first_query, T, dout_stride_t, dout_stride_d, BLOCK_M, D, MAIN, TAIL, True)
+    dout, dout_tail = _load(dout_ptr, first_query, T, H * D, 1, BLOCK_M, D, MAIN, TAIL, True)
     lse, delta = _lse_and_delta(lse_ptr, out_ptr, dout, dout_tail, first_query, T, H * D, D, MAIN, TAIL, BLOCK_M)
     queries = first_query + tl.arange(0, BLOCK_M)
     tl.store(delta_ptr + queries, delta, mask=queries < T)
@@ -269,7 +271,8 @@ def backward_queries_kernel(
             BLOCK_M, BLOCK_N, False, True,
         )  # fmt: skip
 
-    dq_ptr = dqkv_ptr + batch * dqkv_stride_b + head * dqkv_stride_h
+    dq_ptr = dqkv_ptr + (batch * dqkv_stride_b + head * dqkv_stride_h) * UNIT
+    dqkv_stride_t *= UNIT
     _store(dq_ptr, dq * scale, dq_tail * scale, first_query, T, dqkv_stride_t, dqkv_stride_d, BLOCK_M, D, MAIN, TAIL)
 
 
@@ -353,7 +356,7 @@ def _sum_over_keys(
 @triton.jit
 def backward_keys_kernel(
     qkv_ptr,  # (B, T, 3, H, D)
-    dout_ptr,  # (B, T, H, D)
+    dout_ptr,  # (B, T, H, D), contiguous
     lse_ptr,  # (B, H, T) float32, from the forward
     delta_ptr,  # (B, H, T) float32, from the kernel for queries
     dqkv_ptr,  # (B, T, 3, H, D); this kernel writes dk and dv
@@ -364,10 +367,6 @@ def backward_keys_kernel(
     stride_s,
     stride_h,
     stride_d,
-    dout_stride_b,
-    dout_stride_t,
-    dout_stride_h,
-    dout_stride_d,
     dqkv_stride_b,
     dqkv_stride_t,
     dqkv_stride_s,
@@ -379,6 +378,7 @@ def backward_keys_kernel(
     window,
     scale,
     dropout_p,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -390,9 +390,11 @@ def backward_keys_kernel(
     tile, head, batch_head = _tile_of_program(tl.cdiv(T, BLOCK_N), H)
     first_key = tile * BLOCK_N
     batch = (batch_head // H).to(tl.int64)
-    q_ptr = qkv_ptr + batch * stride_b + head * stride_h
-    k_ptr, v_ptr = q_ptr + stride_s, q_ptr + tl.cast(stride_s, tl.int64) * 2
-    dout_ptr += batch * dout_stride_b + head * dout_stride_h
+    q_ptr = qkv_ptr + (batch * stride_b + head * stride_h) * UNIT
+    k_ptr = q_ptr + tl.cast(stride_s, tl.int64) * UNIT
+    v_ptr = k_ptr + tl.cast(stride_s, tl.int64) * UNIT
+    stride_t *= UNIT
+    dout_ptr += (batch * T * H + head) * D
     lse_ptr += batch_head.to(tl.int64) * T
     delta_ptr += batch_head.to(tl.int64) * T
     starts_ptr, ends_ptr = documents_ptr, documents_ptr
@@ -420,8 +422,8 @@ def backward_keys_kernel(
         diagonal = first_key + HALF
         half_k, half_k_tail, half_v, half_v_tail = _sum_over_queries(
             half_k, half_k_tail, half_v, half_v_tail, k, k_tail, v, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr,
-            starts_ptr, seed, first_key, first_key, tl.minimum(diagonal, last), stride_t, stride_d, dout_stride_t,
-            dout_stride_d, T, window, scale_log2, dropout_p, batch_head, D, MAIN, TAIL, BLOCK_M, HALF, True, True,
+            starts_ptr, seed, first_key, first_key, tl.minimum(diagonal, last), stride_t, stride_d,
+            T, H, window, scale_log2, dropout_p, batch_head, D, MAIN, TAIL, BLOCK_M, HALF, True, True,
         )  # fmt: skip
         dk = _stack(half_k, tl.zeros_like(half_k))
         dv = _stack(half_v, tl.zeros_like(half_v))
@@ -433,27 +435,29 @@ def backward_keys_kernel(
     v, v_tail = _load(v_ptr, first_key, T, stride_t, stride_d, BLOCK_N, D, MAIN, TAIL, True)
     dk, dk_tail, dv, dv_tail = _sum_over_queries(
         dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr, starts_ptr, seed,
-        first_key, diagonal, diagonal_end, stride_t, stride_d, dout_stride_t, dout_stride_d, T, window, scale_log2,
+        first_key, diagonal, diagonal_end, stride_t, stride_d, T, H, window, scale_log2,
         dropout_p, batch_head, D, MAIN, TAIL, BLOCK_M, BLOCK_N, True, True,
     )  # fmt: skip
     dk, dk_tail, dv, dv_tail = _sum_over_queries(
         dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr, starts_ptr, seed,
-        first_key, whole, edge, stride_t, stride_d, dout_stride_t, dout_stride_d, T, window, scale_log2,
+        first_key, whole, edge, stride_t, stride_d, T, H, window, scale_log2,
         dropout_p, batch_head, D, MAIN, TAIL, BLOCK_M, BLOCK_N, False, False,
     )  # fmt: skip
     if window is not None:
         dk, dk_tail, dv, dv_tail = _sum_over_queries(
             dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_ptr, dout_ptr, lse_ptr, delta_ptr, starts_ptr, seed,
-            first_key, edge, last, stride_t, stride_d, dout_stride_t, dout_stride_d, T, window, scale_log2,
+            first_key, edge, last, stride_t, stride_d, T, H, window, scale_log2,
             dropout_p, batch_head, D, MAIN, TAIL, BLOCK_M, BLOCK_N, False, True,
         )  # fmt: skip
 
     if seed_ptr is not None:
         dv *= 1.0 / (1.0 - dropout_p)
         dv_tail *= 1.0 / (1.0 - dropout_p)
-    dk_ptr = dqkv_ptr + batch * dqkv_stride_b + head * dqkv_stride_h + dqkv_stride_s
+    dk_ptr = dqkv_ptr + (batch * dqkv_stride_b + head * dqkv_stride_h) * UNIT + tl.cast(dqkv_stride_s, tl.int64) * UNIT
+    dv_ptr = dk_ptr + tl.cast(dqkv_stride_s, tl.int64) * UNIT
+    dqkv_stride_t *= UNIT
     _store(dk_ptr, dk * scale, dk_tail * scale, first_key, T, dqkv_stride_t, dqkv_stride_d, BLOCK_N, D, MAIN, TAIL)
-    _store(dk_ptr + dqkv_stride_s, dv, dv_tail, first_key, T, dqkv_stride_t, dqkv_stride_d, BLOCK_N, D, MAIN, TAIL)
+    _store(dv_ptr, dv, dv_tail, first_key, T, dqkv_stride_t, dqkv_stride_d, BLOCK_N, D, MAIN, TAIL)
 
 
 @triton.jit
@@ -477,9 +481,8 @@ def _sum_over_queries(
     last,
     stride_t,
     stride_d,
-    dout_stride_t,
-    dout_stride_d,
     T,
+    H,
     window,
     scale_log2,
     dropout_p,
@@ -498,7 +501,7 @@ def _sum_over_queries(
     for first_query in range(first, last, BLOCK_M):
         # transposed tiles (keys, queries), so that the weights enter their products as they are
         q, q_tail = _load(q_ptr, first_query, T, stride_t, stride_d, BLOCK_M, D, MAIN, TAIL, True)
-        dout, dout_tail = _load(dout_ptr, first_query, T, dout_stride_t, dout_stride_d, BLOCK_M, D, MAIN, TAIL, True)
+        dout, dout_tail = _load(dout_ptr, first_query, T, H * D, 1, BLOCK_M, D, MAIN, TAIL, True)
         queries = first_query + tl.arange(0, BLOCK_M)
         # beyond T the weights are exp2(-inf) = 0
         lse = tl.load(lse_ptr + queries, mask=queries < T, other=float("inf"))

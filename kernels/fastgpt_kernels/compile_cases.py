@@ -1,7 +1,11 @@
 """What is compiled ahead of time: each operation's launches, at sizes and dtypes that make different kernels.
 
 The launches are the operations' own, with meta tensors: tile sizes, alignment and every other specialisation are those
-of a real run. Attention has a case for each entry of its table of tiles.
+of a real run. Attention has a case for each entry of its table of tiles, linear + GELU for each of its tiles.
+
+The gate, which CI compiles for every architecture, has every line of the tables with its chosen tiles, and each kernel of
+the other operations at the sizes that models have most of all, or that ask the most of registers. All else is compiled in
+the whole sweep only. Neither has linear_cross_entropy, whose kernels are cross_entropy's.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import attention, dropout, gelu, launch, layernorm, tiles
+from fastgpt_kernels import (
+    adamw,
+    attention,
+    cross_entropy,
+    decode,
+    dropout,
+    embedding,
+    gelu,
+    gradient_norm,
+    launch,
+    layernorm,
+    linear_gelu,
+    tiles,
+)
+from fastgpt_kernels.linear_gelu import Tile
+from fastgpt_kernels.optim import Constants, Form
 from fastgpt_kernels.tiles import Entry, Tiles
 
 FP32, FP16, BF16 = launch.DTYPES
@@ -19,6 +38,29 @@ COLUMNS = (7, 128, 768, 1024, 1600, 4096, 5120, 8192, 12288, 16384)
 # what is on in a call that an entry of attention's table is for, by its `extras`; the first in the gate
 VARIANTS = {False: ("plain",), True: ("dropout window documents", "dropout", "window", "documents")}
 WGMMA_HEAD_SIZE = 128  # largest head size at which Hopper's matrix instructions must appear
+VOCABULARIES = (3, 50257, 50304)
+WIDTHS = (7, 768, 1600, 12288)
+HEAD_SIZES = (16, 40, 64, 80, 96, 128, 160, 256)  # of decode_attention
+FORMS: tuple[Form, ...] = ("adamw", "gpt1")
+# of the operations without a table: the kernels that CI compiles
+GATE = {
+    ("layer_norm", "N=768", BF16),
+    ("layer_norm", "N=16384", FP32),
+    ("add_layer_norm", "N=1600", BF16),
+    ("add_layer_norm", "N=768", FP32),
+    ("gelu", "tanh", BF16),
+    ("bias_gelu", "tanh", BF16),
+    ("cross_entropy", "V=50304", BF16),
+    ("cross_entropy", "V=50257", FP32),
+    ("embedding", "N=768 dropout", BF16),
+    ("decode_attention", "D=80", BF16),
+    ("decode_attention", "D=256", FP32),
+    ("dropout", "", BF16),
+    ("grad_norm", "", FP32),
+    ("grad_norm", "", BF16),
+    ("adamw", "adamw, copies: bfloat16", BF16),
+    ("adamw", "gpt1, copies: none", FP32),
+}
 
 
 class Case(NamedTuple):
@@ -41,17 +83,51 @@ def cases() -> Iterator[Case]:
     for entry in tiles.entries():
         yield from attention_cases(entry)
     yield Case("attention", "documents", INT64, lambda: attention.launch_documents(_meta(2, 1024, dtype=INT64)))
+    for direction, arch in linear_gelu.CANDIDATES:
+        yield from linear_gelu_cases(direction, arch)
     for dtype in launch.DTYPES:
-        for N in COLUMNS:
-            yield Case("layer_norm", f"N={N}", dtype, _layer_norm(N, dtype), (N, dtype) in {(768, BF16), (16384, FP32)})
-            gate = (N, dtype) in {(1600, BF16), (768, FP32)}
-            yield Case("add_layer_norm", f"N={N}", dtype, _add_layer_norm(N, dtype), gate)
-        for approximate in ("tanh", "none"):
-            x, bias = _meta(4096, 3072, dtype=dtype), _meta(3072, dtype=dtype)
-            gate = (approximate, dtype) == ("tanh", BF16)
-            yield Case("gelu", approximate, dtype, _gelu(x, approximate), gate)
-            yield Case("bias_gelu", approximate, dtype, _bias_gelu(x, bias, approximate), gate)
-        yield Case("dropout", "", dtype, _dropout(_meta(4096, 768, dtype=dtype)), dtype == BF16)
+        for operation, size, launches in _by_dtype(dtype):
+            yield Case(operation, size, dtype, launches, (operation, size, dtype) in GATE)
+
+
+def _by_dtype(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for N in COLUMNS:
+        yield "layer_norm", f"N={N}", _layer_norm(N, dtype)
+        yield "add_layer_norm", f"N={N}", _add_layer_norm(N, dtype)
+    for approximate in ("tanh", "none"):
+        yield "gelu", approximate, _gelu(dtype, approximate)
+        yield "bias_gelu", approximate, _bias_gelu(dtype, approximate)
+    for V in VOCABULARIES:
+        yield "cross_entropy", f"V={V}", _cross_entropy(V, dtype)
+    for N in WIDTHS:
+        yield "embedding", f"N={N}", _embedding(N, dtype, 0.0)
+        yield "embedding", f"N={N} dropout", _embedding(N, dtype, 0.1)
+    for D in HEAD_SIZES:
+        yield "decode_attention", f"D={D}", _decode(D, dtype)
+    yield "dropout", "", _dropout(dtype)
+    yield "grad_norm", "", _grad_norm(dtype)
+    for copies in (None, FP16, BF16):
+        for form in FORMS:
+            yield "adamw", f"{form}, copies: {_name(copies)}", _adamw(form, dtype, copies)
+
+
+def linear_gelu_cases(direction: str, arch: str) -> Iterator[Case]:
+    """The tiles that linear + GELU may choose; in the gate those that its table has, or the first one."""
+    candidates = linear_gelu.CANDIDATES[direction, arch]
+    table = linear_gelu.parse(linear_gelu.PATH.read_text())
+    chosen = {getattr(entry, direction) for entry in table if entry.arch == arch} - {None} or {candidates[0]}
+    for tile in candidates:
+        for dtype in (BF16, FP16):
+            for approximate in ("tanh", "none"):
+                yield Case(
+                    operation="linear_gelu",
+                    size=f"K=768 N=3072 {approximate} {tile.rows}x{tile.columns}x{tile.inner}",
+                    dtype=dtype,
+                    launches=_linear_gelu(direction, tile, dtype, approximate),
+                    gate=tile in chosen and (dtype, approximate) == (BF16, "tanh"),
+                    arch=arch,
+                    instruction="wgmma" if arch == "sm_90" else "",
+                )
 
 
 def attention_cases(entry: Entry) -> Iterator[Case]:
@@ -60,10 +136,10 @@ def attention_cases(entry: Entry) -> Iterator[Case]:
     In the gate, the chosen tiles at the entry's head size; beyond it, those at every other head size and dtype that
     takes them, and the other candidates, of which only the shared memory is limited.
     """
-    alike = (other.head_size for other in tiles.entries() if other[:3] == entry[:3] and other[4:6] == entry[4:6])
+    alike = (other.head_size for other in tiles.entries() if other[:3] == entry[:3] and other.extras == entry.extras)
     smaller = max((head_size for head_size in alike if head_size < entry.head_size), default=0)
     dtypes = (FP32,) if entry.bits == 32 else (BF16, FP16)
-    sizes = [D for D in range(16, entry.head_size + 1, 8) if D > smaller and (D % 16 == 0) == entry.aligned]
+    sizes = [D for D in range(16, entry.head_size + 1, 8) if D > smaller]
     for D in sizes:
         for dtype in dtypes:
             for variant in VARIANTS[entry.extras]:
@@ -112,6 +188,71 @@ def _attention(kernel: str, D: int, dtype: torch.dtype, variant: str) -> Callabl
     return launches
 
 
+def _linear_gelu(direction: str, tile: Tile, dtype: torch.dtype, approximate: str) -> Callable[[], object]:
+    def launches() -> None:
+        x, y, weight = _meta(4096, 768, dtype=dtype), _meta(4096, 3072, dtype=dtype), _meta(3072, 768, dtype=dtype)
+        if direction == "forward":
+            linear_gelu.launch_forward(x, weight, _meta(3072, dtype=dtype), approximate, tile)
+        else:
+            linear_gelu.launch_backward(weight, y, y, approximate, tile)
+
+    return launches
+
+
+def _cross_entropy(V: int, dtype: torch.dtype) -> Callable[[], object]:
+    def launches() -> None:
+        logits, targets = _meta(4096, V, dtype=dtype), _meta(4096, dtype=INT64)
+        losses, statistics = cross_entropy.launch_forward(logits, targets, -100)
+        cross_entropy.launch_backward(logits, targets, statistics, losses, -100, logits)
+
+    return launches
+
+
+def _embedding(N: int, dtype: torch.dtype, p: float) -> Callable[[], object]:
+    def launches() -> None:
+        tokens, seed = _meta(8, 1024, dtype=INT64), _meta(1, dtype=INT64) if p else None
+        dy = embedding.launch_forward(tokens, _meta(50257, N, dtype=dtype), _meta(1024, N, dtype=dtype), p, seed)
+        embedding.launch_token_gradient(tokens, dy, 50257, p, seed)
+        embedding.launch_position_gradient(dy, 1024, p, seed)
+
+    return launches
+
+
+def _decode(D: int, dtype: torch.dtype) -> Callable[[], object]:
+    def launches() -> None:
+        cache = _meta(8, 12, 1024, D, dtype=dtype)
+        decode.launch_decode(_meta(8, 12, D, dtype=dtype), cache, cache, _meta(8, dtype=INT64), 0.125)
+
+    return launches
+
+
+def _grad_norm(dtype: torch.dtype) -> Callable[[], object]:
+    def launches() -> None:
+        tables = _meta(2, 100, dtype=INT64), _meta(1000, 2, dtype=torch.int32)
+        for aligned in (True, False):
+            gradient_norm.launch_norm([gradient_norm.Tables(*tables, dtype, aligned)])
+
+    return launches
+
+
+def _adamw(form: Form, gradient: torch.dtype, copies: torch.dtype | None) -> Callable[[], object]:
+    constants = Constants(form, (0.9, 0.95), 1e-8, 0.1)
+
+    def launches() -> None:
+        tensors, coefficients = _meta(7, 100, dtype=INT64), _meta(3, 100, dtype=FP32)
+        chunks, number = _meta(1000, 2, dtype=torch.int32), _meta(1, dtype=FP32)
+        # learning rate and scale as a CUDA graph has them, and as numbers
+        for lr, scale, aligned in ((number, number, True), (1e-4, 1.0, True), (1e-4, 1.0, False)):
+            tables = adamw.Tables(tensors, chunks, coefficients, gradient, copies, aligned)
+            adamw.launch_update(tables, constants, lr, scale)
+
+    return launches
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.").lower()
+
+
 def _layer_norm(N: int, dtype: torch.dtype) -> Callable[[], object]:
     def launches() -> None:
         x, weight, mean = _meta(4096, N, dtype=dtype), _meta(N, dtype=dtype), _meta(4096, dtype=FP32)
@@ -131,25 +272,28 @@ def _add_layer_norm(N: int, dtype: torch.dtype) -> Callable[[], object]:
     return launches
 
 
-def _gelu(x: Tensor, approximate: str) -> Callable[[], object]:
+def _gelu(dtype: torch.dtype, approximate: str) -> Callable[[], object]:
     def launches() -> None:
+        x = _meta(4096, 3072, dtype=dtype)
         gelu.launch_gelu_forward(x, approximate)
         gelu.launch_gelu_backward(x, x, approximate)
 
     return launches
 
 
-def _bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Callable[[], object]:
+def _bias_gelu(dtype: torch.dtype, approximate: str) -> Callable[[], object]:
     def launches() -> None:
+        x, bias = _meta(4096, 3072, dtype=dtype), _meta(3072, dtype=dtype)
         gelu.launch_bias_gelu_forward(x, bias, approximate)
         gelu.launch_bias_gelu_backward(x, bias, x, approximate)
 
     return launches
 
 
-def _dropout(x: Tensor) -> Callable[[], object]:
+def _dropout(dtype: torch.dtype) -> Callable[[], object]:
     def launches() -> None:
-        dropout.launch_dropout(x, 0.1, _meta(1, dtype=INT64))
-        dropout.launch_dropout_add(x, x, 0.1, _meta(1, dtype=INT64))
+        x, seed = _meta(4096, 768, dtype=dtype), _meta(1, dtype=INT64)
+        dropout.launch_dropout(x, 0.1, seed)
+        dropout.launch_dropout_add(x, x, 0.1, seed)
 
     return launches

@@ -83,13 +83,8 @@ def _triton_ops() -> Ops:
 
     if not launch.INTERPRETED and not torch.cuda.is_available():
         raise UnsupportedInput(problem, ["PyTorch sees no GPU", "TRITON_INTERPRET=1 was not set"], remedy)
-    operations = {}
-    for operation, file in TRITON_FILES.items():
-        try:  # WHILE THE FILES ARE BEING WRITTEN
-            operations[operation] = getattr(importlib.import_module(f"fastgpt_kernels.{file}"), operation)
-        except (ModuleNotFoundError, AttributeError):
-            operations[operation] = getattr(torch_ops, operation)
-    return Ops("triton", **operations)
+    modules = {file: importlib.import_module(f"fastgpt_kernels.{file}") for file in set(TRITON_FILES.values())}
+    return Ops("triton", **{operation: getattr(modules[file], operation) for operation, file in TRITON_FILES.items()})
 
 
 def _unknown(backend: str) -> UnsupportedInput:

@@ -16,32 +16,27 @@ Call: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
 def output_and_gradients(call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a call (one, or a tuple) and the gradients of its floating-point inputs, in float64 on the CPU.
 
-    The incoming gradients depend on the outputs' shapes alone, and their values are exact in every dtype.
+    The incoming gradients depend on the outputs' shapes alone, and their values are exact in every dtype. An input that
+    the outputs do not depend on has a gradient of zeros.
     """
-    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]  # views keep their strides
-    result = call(*leaves)
-    outs = result if isinstance(result, tuple) else (result,)
-    douts = [_incoming(out, place) for place, out in enumerate(outs)]
-    gradients = torch.autograd.grad(outs, [x for x in leaves if x.requires_grad], douts)
-    return [x.detach().double().cpu() for x in (*outs, *gradients)]
+    return [x.double().cpu() for x in _results(call, inputs)]
 
 
 def assert_as_close_as_torch(call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, ops: Ops) -> None:
     """Compare `call(ops, *inputs)`, its outputs and all gradients, with the reference in float64.
 
     The largest error may be twice that of PyTorch's built-ins (`fastgpt_kernels.builtin`) on the same inputs; where
-    that is tiny, twice the spacing of the dtype at the largest oracle value. Inputs that hold no floating-point numbers
-    are passed on as they are.
+    that is tiny, twice the spacing of the result's dtype at the largest oracle value. Inputs that hold no
+    floating-point numbers are passed on as they are.
     """
     reference = load_ops("reference")
     exact = [x.double().cpu() if x.is_floating_point() else x.cpu() for x in inputs]
-    floating = [x.dtype for x in inputs if x.is_floating_point()]
-    oracle = output_and_gradients(lambda *xs: call(reference, *xs), exact)
+    ours = _results(lambda *xs: call(ops, *xs), inputs)
     assert_close(
-        ours=output_and_gradients(lambda *xs: call(ops, *xs), inputs),
+        ours=[x.double().cpu() for x in ours],
         theirs=output_and_gradients(lambda *xs: call(BUILTIN, *xs), inputs),
-        oracle=oracle,
-        dtypes=[floating[0]] * (len(oracle) - len(floating)) + floating,
+        oracle=output_and_gradients(lambda *xs: call(reference, *xs), exact),
+        dtypes=[x.dtype for x in ours],
     )
 
 
@@ -50,15 +45,26 @@ def assert_close(
 ) -> None:
     """Compare results with an oracle by the rule of `assert_as_close_as_torch`; each has its own dtype's floor."""
     for place, (our, their, exact, dtype) in enumerate(zip(ours, theirs, oracle, dtypes, strict=True)):
+        name = f"result {place} of {len(oracle)} (outputs, then gradients)"
+        if our.shape != exact.shape:
+            raise AssertionError(f"{name}: shape {tuple(our.shape)}, not {tuple(exact.shape)}")
         error = (our - exact).abs().max().item()
         peer_error = (their - exact).abs().max().item()
         allowed = 2.0 * max(peer_error, torch.finfo(dtype).eps * exact.abs().max().item())
         # written so that NaN fails
         if not error <= allowed:
-            raise AssertionError(
-                f"result {place} of {len(oracle)} (outputs, then gradients): error {error:.3g}, allowed {allowed:.3g} "
-                f"(PyTorch: {peer_error:.3g})"
-            )
+            raise AssertionError(f"{name}: error {error:.3g}, allowed {allowed:.3g} (PyTorch: {peer_error:.3g})")
+
+
+def _results(call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a call, and the gradients of its floating-point inputs."""
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]  # views keep their strides
+    result = call(*leaves)
+    outs = result if isinstance(result, tuple) else (result,)
+    douts = [_incoming(out, place) for place, out in enumerate(outs)]
+    wanted = [x for x in leaves if x.requires_grad]
+    gradients = torch.autograd.grad(outs, wanted, douts, allow_unused=True, materialize_grads=True)
+    return [x.detach() for x in (*outs, *gradients)]
 
 
 def _incoming(out: Tensor, place: int) -> Tensor:

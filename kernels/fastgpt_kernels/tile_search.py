@@ -3,11 +3,11 @@
     python -m fastgpt_kernels.tile_search --findings FILE --jobs 2     # under each Triton that shall be served, in turn
     python -m fastgpt_kernels.tile_search --findings FILE --write
 
-compiles, for each line of the table, the candidates of `grid` in the order of preference until enough of them spill
-nothing, and adds what it learns to FILE. A candidate that spills under another Triton, as an earlier run found, is passed over:
-repeat the runs until none has anything left to compile. `--write` makes the table: the candidates are those that spill
-nothing, the first of them chosen; where too few are so good, those that spill least, and what the chosen one spills becomes its
-budget. Lines that a GPU has timed are left alone.
+compiles, for each line of the table, candidates until enough of them spill nothing, and adds what it learns to FILE:
+first the one that is chosen now, then those of `grid` in the order of preference. A candidate that spills under
+another Triton, as an earlier run found, is passed over: repeat the runs until none has anything left to compile.
+`--write` makes the table: the first that spills nothing is chosen, or where there is none the one that spills least,
+and what it spills becomes its budget. Lines that a GPU has timed are left alone.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from fastgpt_kernels.compile_cases import BF16, FP32, VARIANTS, attention_case
 from fastgpt_kernels.compile_report import compile_case
 from fastgpt_kernels.tiles import ARCHITECTURES, KERNELS, Entry, Tiles
 
-CANDIDATES = 3  # that spill nothing, of each line
-HEAD_SIZES = {True: (64, 80, 96, 128, 256), False: (120, 248)}  # multiples of 16, and others
+CANDIDATES = 3  # of each line
+HEAD_SIZES = (64, 80, 96, 128, 256)
 BY_COMPILER = "compiler"
 
 
@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 
     source: str  # a hash of the kernels
     triton: str
-    line: tuple[str, str, int, int, bool, bool]  # as an `Entry` begins
+    line: tuple[str, str, int, int, bool]  # as an `Entry` begins
     tiles: Tiles
     registers: int
     spilled_bytes: int
@@ -78,6 +78,7 @@ def grid(kernel: str, arch: str, bits: int, head_size: int, extras: bool) -> Ite
         ]
         if head_size > 128:
             shapes[2:2] = [(64, 64, 8), (64, 32, 8)]
+            shapes += [(32, 32, 4), (32, 16, 8), (16, 16, 4)]
         stages = (3, 2, 1) if arch in ("sm_90", "sm_100") else (2, 1)
     for rows, columns, warps in shapes:
         for stage in stages:
@@ -86,16 +87,20 @@ def grid(kernel: str, arch: str, bits: int, head_size: int, extras: bool) -> Ite
             )
 
 
+def preferred(line: Entry) -> list[Tiles]:
+    """What is chosen now, then the grid."""
+    now = [entry.tiles for entry in tiles.entries() if entry[:5] == line[:5]]
+    return list(dict.fromkeys([*now, *grid(*line[:5])]))
+
+
 def lines(arguments: argparse.Namespace) -> Iterator[Entry]:
     """The lines of the table, without candidates."""
     for kernel in arguments.kernel:
         for arch in arguments.arch:
             for bits in arguments.bits:
-                for aligned, head_sizes in HEAD_SIZES.items():
-                    for head_size in head_sizes:
-                        for extras in (False, True):
-                            if head_size in arguments.head_size:
-                                yield Entry(kernel, arch, bits, head_size, aligned, extras, (), 0, BY_COMPILER, 0)
+                for head_size in arguments.head_size:
+                    for extras in (False, True):
+                        yield Entry(kernel, arch, bits, head_size, extras, (), 0, BY_COMPILER, 0)
 
 
 def examine(line: Entry, known: list[Finding], enough: int) -> list[Finding]:
@@ -104,7 +109,7 @@ def examine(line: Entry, known: list[Finding], enough: int) -> list[Finding]:
     spilling = {finding.tiles for finding in known if finding.spilled_bytes or finding.faults}
     here = {finding.tiles for finding in known if finding.triton == triton.__version__}
     good, hopeless = 0, set()
-    for candidate in grid(line.kernel, line.arch, line.bits, line.head_size, line.extras):
+    for candidate in preferred(line):
         if good >= enough:
             break
         if candidate in spilling or candidate[:3] in hopeless:
@@ -128,9 +133,9 @@ def examine_one(line: Entry, candidate: Tiles) -> Finding:
         (row,) = compile_case(case, line.arch)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        return Finding(source(), triton.__version__, line[:6], candidate, 0, 0, [reason], 0.0)
+        return Finding(source(), triton.__version__, line[:5], candidate, 0, 0, [reason], 0.0)
     return Finding(
-        source(), triton.__version__, line[:6], candidate, row.registers, row.spilled_bytes, row.faults(), row.seconds
+        source(), triton.__version__, line[:5], candidate, row.registers, row.spilled_bytes, row.faults(), row.seconds
     )
 
 
@@ -149,8 +154,7 @@ def read(path: Path) -> list[Finding]:
 
 def chosen(line: Entry, known: Iterable[Finding]) -> Entry:
     """The line with its candidates, from what every Triton says of them."""
-    order = list(grid(line.kernel, line.arch, line.bits, line.head_size, line.extras))
-    known = list(known)
+    order = preferred(line)
     tritons = {finding.triton for finding in known}
     spills: dict[Tiles, int] = {}
     seen: dict[Tiles, set[str]] = {}
@@ -158,19 +162,20 @@ def chosen(line: Entry, known: Iterable[Finding]) -> Entry:
     for finding in known:
         spills[finding.tiles] = max(spills.get(finding.tiles, 0), finding.spilled_bytes)
         seen.setdefault(finding.tiles, set()).add(finding.triton)
-    valid = [candidate for candidate in order if candidate in spills and candidate not in invalid]
-    # those that every Triton has seen come first, for one of them is chosen; then by spills, then by preference
-    valid.sort(key=lambda candidate: (seen[candidate] != tritons, spills[candidate] > 0, spills[candidate]))
-    best = valid[0]
-    candidates = sorted(
-        sorted(valid, key=lambda c: (c != best, spills[c] > 0, spills[c]))[:CANDIDATES], key=order.index
+    best = min(
+        (candidate for candidate in order if seen.get(candidate) == tritons and candidate not in invalid),
+        key=lambda candidate: (spills[candidate], order.index(candidate)),
     )
+    # beside it, those that spill least as far as is known, and then those that nobody has compiled
+    rest = sorted(
+        (c for c in order if c != best and c not in invalid), key=lambda c: (c not in spills, spills.get(c, 0))
+    )
+    candidates = sorted([best, *rest[: CANDIDATES - 1]], key=order.index)
     return line._replace(candidates=tuple(candidates), chosen=candidates.index(best), spill_budget=spills[best])
 
 
 def main() -> int:
     """Compile, or write the table."""
-    every_size = [head_size for head_sizes in HEAD_SIZES.values() for head_size in head_sizes]
     parser = argparse.ArgumentParser(
         prog="python -m fastgpt_kernels.tile_search",
         description=__doc__,
@@ -178,12 +183,12 @@ def main() -> int:
     )
     parser.add_argument("--findings", type=Path, required=True, help="where they are kept: a line of JSON each")
     parser.add_argument("--write", action="store_true", help="write the table from the findings")
-    parser.add_argument("--enough", type=int, default=CANDIDATES, help="candidates that spill nothing, per line")
+    parser.add_argument("--enough", type=int, default=1, help="candidates that spill nothing, per line")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=(16, 32))
-    parser.add_argument("--head-size", nargs="+", type=int, choices=every_size, default=every_size)
+    parser.add_argument("--head-size", nargs="+", type=int, choices=HEAD_SIZES, default=HEAD_SIZES)
     arguments = parser.parse_args()
 
     known: dict[tuple[object, ...], list[Finding]] = {}
@@ -191,9 +196,9 @@ def main() -> int:
         known.setdefault(finding.line, []).append(finding)
     wanted = list(lines(arguments))
     if arguments.write:
-        timed = {entry[:6]: entry for entry in tiles.entries() if entry.chosen_by != BY_COMPILER}
-        found = {line[:6]: chosen(line, known[line[:6]]) for line in wanted if line[:6] in known}
-        kept = {entry[:6]: entry for entry in tiles.entries()}
+        timed = {entry[:5]: entry for entry in tiles.entries() if entry.chosen_by != BY_COMPILER}
+        found = {line[:5]: chosen(line, known[line[:5]]) for line in wanted if line[:5] in known}
+        kept = {entry[:5]: entry for entry in tiles.entries()}
         table = tuple((kept | found | timed).values())
         tiles.PATH.write_text(tiles.write(table))
         print(f"{len(found)} lines written, {len(timed)} that were timed left alone")
@@ -203,14 +208,14 @@ def main() -> int:
         arguments.findings.open("a") as file,
         ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool,
     ):
-        work = [pool.submit(examine, line, known.get(line[:6], []), arguments.enough) for line in wanted]
+        work = [pool.submit(examine, line, known.get(line[:5], []), arguments.enough) for line in wanted]
         for line, future in zip(wanted, work, strict=True):
             findings = future.result()
             compiled += len(findings)
             for finding in findings:
                 file.write(json.dumps(finding._asdict()) + "\n")
                 file.flush()
-                print(*line[:6], *finding.tiles, finding.registers, finding.spilled_bytes, *finding.faults, flush=True)
+                print(*line[:5], *finding.tiles, finding.registers, finding.spilled_bytes, *finding.faults, flush=True)
     print(f"{compiled} compiled with Triton {triton.__version__}")
     return 0
 

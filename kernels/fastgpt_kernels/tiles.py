@@ -6,7 +6,6 @@ The table is `attention_tiles.json`, one entry a line:
     arch          sm_80, sm_89, sm_90, sm_100 or gfx942
     bits          16 or 32: of the dtype
     head_size     the largest that the entry is for
-    aligned       true: for head sizes that are multiples of 16; false: for the others, which are loaded in small parts
     extras        true: for calls with dropout, a window or documents, which take registers; false: with none of them
     candidates    [BLOCK_M, BLOCK_N, num_warps, num_stages] of every choice, each within the shared memory
     chosen        the index of the one in use
@@ -47,7 +46,6 @@ class Entry(NamedTuple):
     arch: str
     bits: int
     head_size: int
-    aligned: bool
     extras: bool
     candidates: tuple[Tiles, ...]
     chosen: int
@@ -90,15 +88,15 @@ def tiles_for(kernel: str, arch: str, bits: int, head_size: int, extras: bool) -
 
 def entry_for(kernel: str, arch: str, bits: int, head_size: int, extras: bool) -> Entry:
     """The line of the table; arch is one of the table's."""
-    row = (kernel, arch, bits, head_size % 16 == 0, extras)
+    row = (kernel, arch, bits, extras)
     return next(entry for size, entry in _by_size()[row] if size >= head_size)
 
 
 @functools.cache
-def _by_size() -> dict[tuple[str, str, int, bool, bool], list[tuple[int, Entry]]]:
-    table: dict[tuple[str, str, int, bool, bool], list[tuple[int, Entry]]] = {}
+def _by_size() -> dict[tuple[str, str, int, bool], list[tuple[int, Entry]]]:
+    table: dict[tuple[str, str, int, bool], list[tuple[int, Entry]]] = {}
     for entry in sorted(entries(), key=lambda entry: entry.head_size):
-        row = (entry.kernel, entry.arch, entry.bits, entry.aligned, entry.extras)
+        row = (entry.kernel, entry.arch, entry.bits, entry.extras)
         table.setdefault(row, []).append((entry.head_size, entry))
     return table
 

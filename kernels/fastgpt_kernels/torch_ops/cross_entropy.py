@@ -1,11 +1,177 @@
-"""Cross-entropy by PyTorch."""
+"""Cross-entropy by PyTorch, in place where it may be.
 
-import torch.nn.functional as F
+    loss = -log_softmax(z)_t        dz_n = (softmax(z)_n - [n = t]) dloss
+
+Both directions go through the rows a few at a time, in one float32 buffer that stays in a CPU's cache (float64 for
+float64): neither writes the logits out in float32, and with `consume` the backward writes nothing but their gradient,
+over them. Where the logits are float32 already, it works on them where they lie. Nothing is kept for the backward but
+the logits: PyTorch's softmax, whose exponential is fast, takes less time than `torch.exp` of what a kept log(sum exp)
+would leave.
+
+dloss multiplies before the only rounding, so that a loss scale acts before float16 could underflow. Each row is summed
+by one thread, in an order that depends on V alone: the results depend neither on the chunks nor on the threads.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastgpt_kernels import checks
 from fastgpt_kernels.checks import REMEDY, Reduction
 from fastgpt_kernels.errors import raise_if_any
+
+CHUNK = 2**19  # elements for each thread of a CPU: larger chunks leave its cache, smaller ones cost more calls
+GPU_CHUNK = 2**26  # elements that fill a GPU
+
+CONSUMED = (
+    "cross_entropy was called with consume=True, and its backward has already overwritten the logits with their "
+    "gradient: a second backward needs consume=False"
+)
+
+
+def row_losses(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The loss of each row of logits (rows, V), 0 where the target does not count; float32 at least."""
+    losses = logits.new_empty(len(logits), dtype=_accumulation(logits))
+    for rows, z, buffer in _chunks(logits):
+        counts, columns = _counts_and_columns(targets[rows], ignore_index)
+        if z.dtype != buffer.dtype:
+            z = buffer.copy_(z)
+        torch.log_softmax(z, -1, out=buffer)
+        losses[rows] = torch.where(counts, -buffer.gather(-1, columns).squeeze(-1), 0.0)
+    return losses
+
+
+def write_gradient(logits: Tensor, targets: Tensor, dlosses: Tensor, ignore_index: int, gradient: Tensor) -> None:
+    """The gradient of the logits (rows, V) into a matrix of their shape, or into the logits themselves.
+
+    Args:
+        logits: (rows, V).
+        targets: (rows,) int64.
+        dlosses: (rows,), in the dtype of the losses.
+        ignore_index: the target that does not count.
+        gradient: (rows, V), in the dtype of the logits.
+    """
+    for rows, z, buffer in _chunks(logits):
+        counts, columns = _counts_and_columns(targets[rows], ignore_index)
+        weights = torch.where(counts, dlosses[rows], 0.0).unsqueeze(-1)
+        written = gradient[rows]
+        # an output of softmax must be contiguous
+        p = written if written.dtype == buffer.dtype and written.is_contiguous() else buffer
+        if z.dtype != p.dtype:
+            z = p.copy_(z)
+        torch.softmax(z, -1, out=p).mul_(weights).scatter_add_(-1, columns, -weights)
+        if p is buffer:
+            written.copy_(p)
+
+
+def _accumulation(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A few rows at a time, as a slice and as a view, and a buffer of their shape."""
+    count, V = logits.shape
+    if logits.device.type == "cpu":
+        threads = torch.get_num_threads()
+        size = threads * max(1, CHUNK // V)
+    else:
+        size = max(1, GPU_CHUNK // V)
+    whole = logits.new_empty((min(size, count), V), dtype=_accumulation(logits))
+    for start in range(0, count, size):
+        z = logits[start : start + size]
+        yield slice(start, start + len(z)), z, whole[: len(z)]
+
+
+def _counts_and_columns(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which rows count (rows,), and a column (rows, 1) of each, 0 where it does not count."""
+    counts = targets != ignore_index
+    return counts, torch.where(counts, targets, 0).unsqueeze(-1)
+
+
+def against_columns(targets: Tensor, V: int, ignore_index: int) -> list[str]:
+    """A reason against targets outside [0, V); none on a GPU, where looking would wait for it."""
+    if targets.device.type != "cpu":
+        return []
+    columns = targets[targets != ignore_index]
+    if not len(columns) or (columns.min() >= 0 and columns.max() < V):
+        return []
+    wrong = columns[(columns < 0) | (columns >= V)][0].item()
+    return [f"targets has {wrong}; with V = {V} columns it must be from 0 to {V - 1}, or ignore_index {ignore_index}"]
+
+
+@torch.library.custom_op("fastgpt::cross_entropy_by_torch", mutates_args=())
+def _losses(logits: Tensor, targets: Tensor, ignore_index: int, consume: bool) -> Tensor:
+    """The loss of each row; `consume` is for the backward."""
+    raise_if_any(against_columns(targets, logits.shape[1], ignore_index), "cross_entropy", "torch", REMEDY)
+    return row_losses(logits, targets, ignore_index)
+
+
+@_losses.register_fake
+def _(logits: Tensor, targets: Tensor, ignore_index: int, consume: bool) -> Tensor:
+    return logits.new_empty(len(logits), dtype=_accumulation(logits))
+
+
+@torch.library.custom_op("fastgpt::cross_entropy_by_torch_backward", mutates_args=())
+def _gradient(logits: Tensor, targets: Tensor, dlosses: Tensor, ignore_index: int) -> Tensor:
+    gradient = logits.new_empty(logits.shape)
+    write_gradient(logits, targets, dlosses, ignore_index, gradient)
+    return gradient
+
+
+@_gradient.register_fake
+def _(logits: Tensor, targets: Tensor, dlosses: Tensor, ignore_index: int) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("fastgpt::cross_entropy_by_torch_backward_", mutates_args=("logits",))
+def _overwrite(logits: Tensor, targets: Tensor, dlosses: Tensor, ignore_index: int) -> None:
+    write_gradient(logits, targets, dlosses, ignore_index, logits)
+
+
+@_overwrite.register_fake
+def _(logits: Tensor, targets: Tensor, dlosses: Tensor, ignore_index: int) -> None:
+    return None
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor) -> None:
+    logits, targets, ctx.ignore_index, ctx.consume = inputs
+    ctx.save_for_backward(logits, targets)
+
+
+def _differentiate(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_a_second_backward(ctx)
+    logits, targets = ctx.saved_tensors
+    if not ctx.consume or not lie_in_rows(logits):
+        return _gradient(logits, targets, dlosses, ctx.ignore_index), None, None, None
+    logits = logits.detach()
+    _overwrite(logits, targets, dlosses, ctx.ignore_index)
+    return logits, None, None, None
+
+
+_losses.register_autograd(_differentiate, setup_context=_setup)
+
+
+def refuse_a_second_backward(ctx: Any) -> None:
+    """Raise where the backward of this context has consumed the logits before."""
+    if ctx.consume:
+        if getattr(ctx, "consumed", False):
+            raise RuntimeError(CONSUMED)
+        ctx.consumed = True
+
+
+def lie_in_rows(logits: Tensor) -> bool:
+    """Whether rows of adjacent elements follow each other, with or without gaps between them."""
+    return logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+
+
+def reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    """The losses (rows,) themselves, their sum, or their mean over the targets that count."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
 
 
 def cross_entropy(
@@ -16,6 +182,21 @@ def cross_entropy(
     reduction: Reduction = "mean",
     consume: bool = False,
 ) -> Tensor:
-    """The negative log-softmax of each row of logits (rows, V) at its target."""
+    """The negative log-softmax of each row of logits at its target, in nats.
+
+    Args:
+        logits: (rows, V), any floating-point dtype and strides.
+        targets: (rows,) int64, each below V; those equal to `ignore_index` do not count.
+        ignore_index: see there.
+        reduction: "mean" over the targets that count (NaN if there are none), "sum", or "none".
+        consume: let the backward write the gradient over the logits, which nobody may read again; a second backward
+            raises RuntimeError. Logits whose rows overlap or are not each of adjacent elements are left alone.
+
+    Returns:
+        A scalar, or (rows,) with 0 at ignored targets for "none"; float32, or float64 for float64.
+
+    Raises:
+        UnsupportedInput: for arguments outside these; on a GPU, a target outside [0, V) is a device-side assertion.
+    """
     raise_if_any(checks.against_cross_entropy(logits, targets, reduction), "cross_entropy", "torch", REMEDY)
-    return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction=reduction)
+    return reduced(_losses(logits, targets, ignore_index, consume), targets, ignore_index, reduction)
