@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PATH = Path(__file__).with_name("attention_tiles.json")
+SPILL_FREE_HEAD_SIZE = 128  # up to this one no chosen tile may spill; above, its entry says how much
 KERNELS = ("forward", "backward_queries", "backward_keys")
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 
@@ -51,7 +52,7 @@ class Entry(NamedTuple):
     chosen: int
     chosen_by: str
     spill_budget: int
-    milliseconds: tuple[float, ...] | None = None  # median of each candidate, where measured
+    milliseconds: tuple[float | None, ...] | None = None  # median of each candidate that is good, where measured
 
     @property
     def tiles(self) -> Tiles:
@@ -110,9 +111,12 @@ def entries() -> tuple[Entry, ...]:
 def parse(text: str) -> tuple[Entry, ...]:
     """The table from its text."""
     rows: list[dict[str, Any]] = json.loads(text)
-    return tuple(
-        Entry(**row | {"candidates": tuple(Tiles(*candidate) for candidate in row["candidates"])}) for row in rows
-    )
+    return tuple(_entry(**row) for row in rows)
+
+
+def _entry(candidates: list[list[int]], milliseconds: list[float | None] | None = None, **row: Any) -> Entry:
+    times = None if milliseconds is None else tuple(milliseconds)
+    return Entry(candidates=tuple(Tiles(*candidate) for candidate in candidates), milliseconds=times, **row)
 
 
 def write(table: tuple[Entry, ...]) -> str:
@@ -141,8 +145,10 @@ def listed(arch: str) -> str:
 @contextlib.contextmanager
 def forced(kernel: str, tiles: Tiles) -> Iterator[None]:
     """Cut one kernel otherwise than the table says, to compile or to time a candidate."""
+    before = dict(_forced)
     _forced[kernel] = tiles
     try:
         yield
     finally:
-        del _forced[kernel]
+        _forced.clear()
+        _forced.update(before)
