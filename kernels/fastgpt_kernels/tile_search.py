@@ -15,8 +15,8 @@ import hashlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,25 +103,34 @@ def lines(arguments: argparse.Namespace) -> Iterator[Entry]:
                         yield Entry(kernel, arch, bits, head_size, extras, (), 0, BY_COMPILER, 0)
 
 
-def examine(line: Entry, known: list[Finding], enough: int) -> list[Finding]:
-    """Compile candidates until enough of them spill nothing here and, as far as is known, elsewhere."""
+def examine(
+    alike: Sequence[Entry], known: Mapping[tuple[object, ...], Sequence[Finding]], enough: int
+) -> list[Finding]:
+    """Compile candidates for lines that differ in head size and extras alone, the smaller ones first.
+
+    For each line, until enough of them spill nothing here and, as far as is known, elsewhere. What spills is not tried
+    at larger sizes, nor with extras.
+    """
     findings: list[Finding] = []
-    spilling = {finding.tiles for finding in known if finding.spilled_bytes or finding.faults}
-    here = {finding.tiles for finding in known if finding.triton == triton.__version__}
-    good, hopeless = 0, set()
-    for candidate in preferred(line):
-        if good >= enough:
-            break
-        if candidate in spilling or candidate[:3] in hopeless:
-            continue
-        if candidate not in here:
-            findings.append(examine_one(line, candidate))
-            if findings[-1].spilled_bytes or findings[-1].faults:
-                # fewer stages save few registers
-                if findings[-1].spilled_bytes > 200:
-                    hopeless.add(candidate[:3])
+    hopeless: set[Tiles] = set()
+    for line in sorted(alike, key=lambda line: (line.head_size, line.extras)):
+        before = known.get(line[:5], ())
+        spilling = {finding.tiles for finding in before if finding.spilled_bytes or finding.faults}
+        compiled = {finding.tiles for finding in before}
+        here = {finding.tiles for finding in before if finding.triton == triton.__version__}
+        good = 0
+        for candidate in preferred(line):
+            if good >= enough:
+                break
+            if candidate in spilling or (candidate in hopeless and candidate not in compiled):
                 continue
-        good += 1
+            if candidate not in here:
+                findings.append(examine_one(line, candidate))
+                if findings[-1].spilled_bytes or findings[-1].faults:
+                    hopeless.add(candidate)
+                    continue
+            good += 1
+        hopeless |= spilling
     return findings
 
 
@@ -208,14 +217,18 @@ def main() -> int:
         arguments.findings.open("a") as file,
         ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool,
     ):
-        work = [pool.submit(examine, line, known.get(line[:5], []), arguments.enough) for line in wanted]
-        for line, future in zip(wanted, work, strict=True):
+        groups: dict[tuple[object, ...], list[Entry]] = {}
+        for line in wanted:
+            groups.setdefault(line[:3], []).append(line)
+        work = [pool.submit(examine, alike, known, arguments.enough) for alike in groups.values()]
+        for future in as_completed(work):
             findings = future.result()
             compiled += len(findings)
             for finding in findings:
                 file.write(json.dumps(finding._asdict()) + "\n")
-                file.flush()
-                print(*line[:5], *finding.tiles, finding.registers, finding.spilled_bytes, *finding.faults, flush=True)
+                print(*finding.line, *finding.tiles, finding.registers, finding.spilled_bytes, *finding.faults)
+            file.flush()
+            sys.stdout.flush()
     print(f"{compiled} compiled with Triton {triton.__version__}")
     return 0
 
