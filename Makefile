@@ -1,9 +1,16 @@
-# `make check` is what CI runs; `make gpu` needs a GPU.
+# `make check` is what CI runs; `make gpu` and `make gpu-tune` need a GPU.
 PYTHON ?= python
+JOBS ?= 2
+COMPILE = $(PYTHON) -m fastgpt_kernels.compile_report --gate --jobs $(JOBS)
+# the older of the two that the kernels are compiled with; the other is the installed one
+OLDER_TRITON = 3.6.0
+WITH_OLDER_TRITON = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(PYTHON) -m pip install --quiet --no-deps --target "$$folder/triton" triton==$(OLDER_TRITON) && \
+	PYTHONPATH="$$folder/triton" $(COMPILE)
 
-.PHONY: check lint test slow gpu
+.PHONY: check lint test slow gpu compile-gate kernels-compiled gpu-tune
 
-check: lint test
+check: lint test compile-gate
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -18,4 +25,15 @@ slow:
 	$(PYTHON) -m pytest -m 'slow and not gpu'
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m benchmarks.gpu
+
+compile-gate:
+	$(COMPILE)
+	$(WITH_OLDER_TRITON)
+
+kernels-compiled:
+	$(WITH_OLDER_TRITON) --json "$$folder/rows.json" && \
+	$(COMPILE) --markdown docs/kernels-compiled.md --beside "$$folder/rows.json"
+
+gpu-tune:
+	$(PYTHON) -m fastgpt_kernels.tune --seconds 540 $(if $(OUT),--out "$(OUT)")

@@ -1,90 +1,276 @@
-"""How kernels are timed: after a check, in turns of synchronised calls, with the device and versions on record."""
+"""What the suites share: cases and contenders, a check before a timing, and what is kept of a measurement.
 
-import platform
-import time
-from collections.abc import Callable
+A suite is a test function with a mark that names its operation and cases, and asks for `case`, `contender`, and
+`measure`:
+
+    @pytest.mark.operation("layer_norm", cases=NORMS, directions=("forward", "backward"))
+
+It runs for each case of the scale, each direction, and each contender that offers the operation.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from fastgpt_kernels import Ops, load_ops
-from fastgpt_kernels.testing import assert_as_close_as_torch
+from fastgpt_kernels import load_ops
+from fastgpt_kernels.builtin import BUILTIN
+from fastgpt_kernels.testing import assert_as_close_as_torch, assert_close
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-ROUNDS, CALLS_PER_ROUND, WARM_UP_ROUNDS = 20, 10, 3
+from benchmarks import contenders, environment, roofs, timing
+from benchmarks.contenders import OURS, Unavailable
+from benchmarks.shapes import Scale
+from benchmarks.work import Work
+
+SCALES = tuple(contenders.BY_SCALE)
+CHECKED = pytest.StashKey[dict[tuple[str, ...], str]]()
+COMPILED = pytest.StashKey[dict[tuple[str, ...], Any]]()
+COMPILED_CASES = 2  # the first of each suite
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kernel benchmarks")
+    group.addoption("--scale", choices=SCALES, help="which shapes: gpu where there is one, else toy")
+    group.addoption("--contenders", help="a comma-separated choice of " + ", ".join(contenders.NAMES))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "operation(name, cases, directions): what a suite measures")
+    config.stash[CHECKED], config.stash[COMPILED] = {}, {}
+    if scale_of(config) == "toy":
+        torch.set_num_threads(1)  # toys are too small to share, and threads wait for each other where others work
+
+
+def scale_of(config: pytest.Config) -> Scale:
+    chosen: Scale | None = config.getoption("--scale", None)
+    return chosen or ("gpu" if torch.cuda.is_available() else "toy")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("operation")
+    if mark is None:
+        return
+    scale = scale_of(metafunc.config)
+    chosen = metafunc.config.getoption("--contenders", None)
+    everybody = chosen.split(",") if chosen else contenders.BY_SCALE[scale]
+    names = [name for name in everybody if contenders.offers(name, *mark.args)]
+    rows = [
+        pytest.param(case, direction, contender, id=f"{case}-{direction}-{contender}")
+        for number, case in enumerate(mark.kwargs["cases"][scale])
+        for direction in mark.kwargs["directions"]
+        for contender in names
+        if contender != "compile" or is_compiled(scale, mark.args[0], number)
+    ]
+    metafunc.parametrize(("case_name", "direction", "contender_name"), rows)
+
+
+def is_compiled(scale: Scale, operation: str, number: int) -> bool:
+    """Whether a case is worth the seconds that torch.compile takes."""
+    return operation == "gelu" if scale == "toy" else number < COMPILED_CASES
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let all rounds be timed by one clock, and name what is measured also where it is skipped."""
+    for item in items:
+        mark = item.get_closest_marker("operation")
+        if mark is None or not isinstance(item, pytest.Function):
+            continue
+        item.add_marker(pytest.mark.benchmark(timer=timing.clock))
+        params = item.callspec.params
+        item.user_properties += [
+            ("operation", mark.args[0]),
+            ("case", params["case_name"]),
+            ("direction", params["direction"]),
+            ("contender", params["contender_name"]),
+        ]
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """The GPU where there is one; else the CPU, with toy shapes."""
+    """The GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["reference", "torch", "triton"])
-def ops(request: pytest.FixtureRequest, device: str) -> Ops:
-    """Each backend in turn: written out, PyTorch's built-ins, ours."""
-    if request.param == "triton" and device == "cpu":
-        pytest.skip("the interpreter is not worth timing")
-    return load_ops(request.param)
+@pytest.fixture(scope="session")
+def scale(pytestconfig: pytest.Config) -> Scale:
+    """Which shapes are measured."""
+    return scale_of(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def dtype(scale: Scale) -> torch.dtype:
+    """What a run computes in; toys in what every CPU is good at."""
+    return torch.float32 if scale == "toy" else torch.bfloat16
+
+
+@pytest.fixture(scope="session")
+def measured_roofs(device: str, scale: Scale, dtype: torch.dtype) -> roofs.Roofs:
+    """The roofs of this session."""
+    return roofs.measure(device, scale, dtype)
 
 
 @pytest.fixture
-def check(ops: Ops) -> Callable[..., None]:
-    """Fails where the backend is not as close to the mathematics as PyTorch; the reference has no such duty."""
+def case(request: pytest.FixtureRequest, case_name: str, scale: Scale) -> Any:
+    """The shape of a case."""
+    return request.node.get_closest_marker("operation").kwargs["cases"][scale][case_name]
+
+
+@pytest.fixture
+def contender(request: pytest.FixtureRequest, contender_name: str, case_name: str, device: str) -> Any:
+    """The operations of a contender."""
+    try:
+        if contender_name != "compile":
+            return contenders.load(contender_name, device)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    compiled = request.config.stash[COMPILED]
+    key = (*request.node.get_closest_marker("operation").args, case_name)
+    if key not in compiled:  # all directions of a case share what was compiled for it, and the next case starts anew
+        compiled.clear()
+        compiled[key] = contenders.load(contender_name, device)
+    return compiled[key]
+
+
+@pytest.fixture
+def draw(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Draws normal numbers of a shape: the same ones for every contender.
+
+    From a generator of its own, because a capture that fails leaves PyTorch's own unusable.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def run(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator, dtype=dtype)
+
+    return run
+
+
+@pytest.fixture
+def draw_integers(device: str) -> Callable[..., Tensor]:
+    """Draws integers below a limit, in a shape."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def run(limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, shape, device=device, generator=generator)
+
+    return run
+
+
+@contextmanager
+def others_may_fail(name: str) -> Iterator[None]:
+    """Skips where another cannot take a case; ours must, but for PyTorch's ways that take too much memory."""
+    try:
+        yield
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    except torch.OutOfMemoryError:
+        if name == "triton":
+            raise
+        pytest.skip("out of memory")
+    except RuntimeError as error:
+        if name in OURS:
+            raise
+        pytest.skip(timing.first_line(error))
+
+
+@pytest.fixture
+def verify(request: pytest.FixtureRequest, contender_name: str, case_name: str) -> Callable[[Callable[[], None]], None]:
+    """Runs a check of a contender's numbers, once for all directions of a case.
+
+    Ours fail where they are wrong; of others it is put on record.
+    """
+    checked = request.config.stash[CHECKED]
+    key = (*request.node.get_closest_marker("operation").args, case_name, contender_name)
+
+    def run(check: Callable[[], None]) -> None:
+        if key not in checked:
+            with others_may_fail(contender_name):
+                try:
+                    check()
+                    checked[key] = "as close as PyTorch"
+                except AssertionError as error:
+                    if contender_name in OURS:
+                        raise
+                    checked[key] = "not as close as PyTorch: " + str(error).splitlines()[0]
+        request.node.user_properties.append(("numbers", checked[key]))
+
+    return run
+
+
+@pytest.fixture
+def check(verify: Callable[[Callable[[], None]], None], contender: Any) -> Callable[..., None]:
+    """Compares `call(contender, *inputs)`, its results and all gradients, with the mathematics."""
+    return lambda call, *inputs: verify(lambda: assert_as_close_as_torch(call, *inputs, ops=contender))
+
+
+@pytest.fixture
+def check_output(verify: Callable[[Callable[[], None]], None], contender: Any) -> Callable[..., None]:
+    """The same of an operation without gradients: its one result, in the dtype of its first input."""
 
     def run(call: Callable[..., Tensor], *inputs: Tensor) -> None:
-        if ops.name != "reference":
-            assert_as_close_as_torch(call, *inputs, ops=ops)
+        exact = [x.double().cpu() if x.is_floating_point() else x.cpu() for x in inputs]
+        ours, theirs = (call(ops, *inputs).double().cpu() for ops in (contender, BUILTIN))
+        assert_close([ours], [theirs], [call(load_ops("reference"), *exact)], [inputs[0].dtype])
 
-    return run
+    return lambda call, *inputs: verify(lambda: run(call, *inputs))
 
 
-@pytest.fixture(params=["forward", "both"])
-def measure(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, device: str) -> Callable[..., None]:
-    """Times the forward, or forward and backward, of a call, and keeps what it amounts to.
+@pytest.fixture
+def measure(
+    request: pytest.FixtureRequest,
+    contender: Any,
+    contender_name: str,
+    direction: str,
+    device: str,
+    scale: Scale,
+    measured_roofs: roofs.Roofs,
+    benchmark: BenchmarkFixture,
+) -> Iterator[Callable[..., None]]:
+    """Times `call(contender, *inputs)` in a direction, and keeps what it amounts to.
 
-    The median and spread are per call. The result's `extra_info` has the work of a call (floating-point operations, or
-    bytes read and written), the formula that counts it, and the rate that follows from the median.
+    Times are of one call. The rate is the work of the direction by the median, and the share is of the session's roof.
+    `refill` restores inputs that the call destroys, outside the time.
     """
 
-    def synchronised_clock() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def run(call: Callable[..., Any], *inputs: Tensor, work: Work, refill: Callable[[], Any] | None = None) -> None:
+        plan = timing.PLANS[scale]
+        with others_may_fail(contender_name):
+            prepared = timing.prepare(lambda *xs: call(contender, *xs), inputs, direction, device, scale, refill)
+            timing.clock.calls = prepared.calls
+            benchmark.pedantic(prepared.run, setup=refill, rounds=plan.rounds, warmup_rounds=plan.warmup_rounds)
+        if not benchmark.stats:  # under --benchmark-disable
+            return
+        stats = benchmark.stats.stats
+        rate, roof = work.of(direction) / stats.median, measured_roofs.of(work.unit)
+        found = {
+            "shapes": [list(x.shape) for x in inputs[:4]],  # the first of an optimizer's hundreds
+            "dtype": str(inputs[0].dtype).removeprefix("torch."),
+            "median": stats.median,
+            "iqr": stats.iqr,
+            "min": stats.min,
+            "rounds": stats.rounds,
+            "calls": prepared.calls,
+            "timed_by": prepared.timed_by,
+            "peak_bytes": prepared.peak_bytes,
+            "work": work.of(direction),
+            "unit": work.unit,
+            "formula": work.formula,
+            "rate": rate,
+            "roof": roof,
+            "roof_share": rate / roof,
+        }
+        benchmark.extra_info |= found
+        request.node.user_properties += [*found.items(), ("session", measured_roofs.record())]
 
-    def run(call: Callable[..., Tensor], *inputs: Tensor, work: tuple[float, float], formula: str) -> None:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        dout = torch.randn_like(call(*leaves))
-
-        def forward() -> None:
-            with torch.no_grad():
-                call(*leaves)
-
-        def both() -> None:
-            torch.autograd.grad(call(*leaves), leaves, dout)
-
-        benchmark._timer = synchronised_clock
-        benchmark.pedantic(
-            forward if request.param == "forward" else both,
-            rounds=ROUNDS,
-            iterations=CALLS_PER_ROUND,
-            warmup_rounds=WARM_UP_ROUNDS,
-        )
-        amount = work[0] if request.param == "forward" else sum(work)
-        benchmark.extra_info |= {"work": amount, "formula": formula, "device": device}
-        if benchmark.stats:  # absent under --benchmark-disable
-            benchmark.extra_info["rate"] = amount / benchmark.stats.stats.median
-
-    return run
+    yield run
+    if device == "cuda":  # what a case held must not be in the way of the next one
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
     """Put the device and the versions beside the commit that pytest-benchmark records."""
-    import triton
-
-    machine_info |= {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-    }
+    machine_info |= {"device": environment.device_name(), **environment.versions()}

@@ -1,74 +1,197 @@
-"""The GPU's turn: its tests, then the kernel benchmarks, in one command of less than eight minutes.
+"""The GPU's turn: parity tests, compute-sanitizer, kernel benchmarks, in one command of less than eight minutes.
 
-    python benchmarks/gpu.py
+    python -m benchmarks.gpu [--parts parity norms ...] [--seconds N] [--out FOLDER]
 
-The full record goes to a JSON file in the folder $OUT, or in benchmarks/results; a short table comes last. The exit
-code is 1 where a test or a benchmark failed. Without a GPU it runs the toy shapes of the CPU.
+Each part is a process that has its share of the time that is left, tells what it finds line by line, and is stopped
+when its time is over. The results file in the folder (else $OUT, else benchmarks/results) is rewritten while parts
+run, so that nothing is lost whenever the command is cut short. A short table comes last. The exit code is 1 where a
+part failed or did not come to its end. Without a GPU it runs toys, which show that it works.
 """
 
+import argparse
+import contextlib
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
-SUITES = ("attention", "layernorm", "gelu", "dropout")
-BACKENDS = ("reference", "torch", "triton")
-TEST_SECONDS, BENCHMARK_SECONDS = 230, 230
+from benchmarks import environment, goals, results, table
+from benchmarks.lines import NO_TIME
+from benchmarks.results import NOT_MEASURED, Record
 
-
-def main() -> int:
-    """Run both; 1 if either failed."""
-    out = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results"))
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / f"kernels_{datetime.date.today()}_{commit()}.json"
-    tests_passed = pytest("tests", "-m", "gpu", f"--junitxml={out / 'gpu_tests.xml'}", seconds=TEST_SECONDS)
-    benchmarks_passed = pytest(
-        *(f"benchmarks/test_{suite}.py" for suite in SUITES),
-        "--benchmark-enable",
-        "--benchmark-columns=median,iqr",
-        f"--benchmark-json={record}",
-        seconds=BENCHMARK_SECONDS,
-    )
-    if record.exists() and record.stat().st_size:
-        print_table(json.loads(record.read_text()))
-        print(f"record: {record}")
-    print(f"tests {'passed' if tests_passed else 'FAILED'}, benchmarks {'passed' if benchmarks_passed else 'FAILED'}")
-    return 0 if tests_passed and benchmarks_passed else 1
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 450.0
+LOOK_EVERY = 2.0  # seconds between two looks at what a part has found
+# what a part has for its last test after it is told to begin no more
+GRACE_SHARE, GRACE_SECONDS = 0.1, 10.0
+PARITY_WORKERS = 8
+LINES, UNTIL = "{lines}", "{until}"
 
 
-def pytest(*arguments: str, seconds: int) -> bool:
-    """Whether pytest passes with these arguments in this time."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--tb=short", *arguments]
+class Part(NamedTuple):
+    """A command and its share of the time; the words LINES and UNTIL in it stand for its file and its end."""
+
+    name: str
+    share: float
+    command: Sequence[str]
+
+
+def parts_for(scale: str, contenders: str | None) -> list[Part]:
+    """All parts, in order."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short")
+    pytest += ("-p", "benchmarks.lines", "--lines", LINES, "--until", UNTIL)
+    if scale == "gpu":
+        parity = ("tests/kernels", "-m", "gpu", "-n", str(PARITY_WORKERS), "--dist", "worksteal")
+    else:
+        parity = ("tests/kernels/test_grad_norm.py", "-n", "0")
+    timed = ("-n", "0", "--benchmark-enable", "--benchmark-quiet", "--scale", scale)
+    timed += ("--contenders", contenders) if contenders else ()
+
+    def suites(*names: str) -> tuple[str, ...]:
+        return (*pytest, *timed, *(f"benchmarks/test_{name}.py" for name in names))
+
+    sanitizer = (sys.executable, "-m", "benchmarks.sanitizer", "--lines", LINES, "--until", UNTIL)
+    return [
+        Part("parity", 0.26, (*pytest, *parity)),
+        Part("sanitizer", 0.16, sanitizer),
+        Part("attention", 0.22, suites("attention")),
+        Part("norms", 0.1, suites("norms")),
+        Part("pointwise", 0.12, suites("gelu", "dropout", "embedding")),
+        Part("losses", 0.06, suites("losses")),
+        Part("optimizer", 0.08, suites("optimizer")),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts that were asked for."""
+    known = [part.name for part in parts_for("toy", None)]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=known, default=known, metavar="PART", help=", ".join(known))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT", ROOT / "benchmarks" / "results"))
+    parser.add_argument("--scale", choices=("gpu", "cpu", "toy"), help="gpu where there is one, else toy")
+    parser.add_argument("--contenders", help="a comma-separated choice")
+    parser.add_argument("--commit", help="where git is not at hand to tell")
+    parser.add_argument("--gate", action="store_true", help="exit with 1 also where a goal that was measured is missed")
+    chosen = parser.parse_args(arguments)
+    found = describe()
+    scale = chosen.scale or ("gpu" if found["kind"] == "gpu" else "toy")
+    parts = [part for part in parts_for(scale, chosen.contenders) if part.name in chosen.parts]
+    path, record = open_record(Path(chosen.out), found, scale, chosen.commit or environment.commit())
+    passed = run(parts, chosen.seconds, path, record)
+    print("\n" + "\n".join(table.summary(record)) + f"\nresults: {path}")
+    missed = chosen.gate and any(verdict["reached"] is False for verdict in record["goals"])
+    return 0 if passed and not missed else 1
+
+
+def describe() -> Record:
+    """The environment, asked by a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.environment"]
+    found: Record = json.loads(subprocess.run(command, cwd=ROOT, env=child_environment(), check=True, stdout=-1).stdout)
+    return found
+
+
+def child_environment() -> dict[str, str]:
+    """This environment, with the sources first: the packages may be installed, or not."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1"}
+
+
+def open_record(folder: Path, found: Record, scale: str, commit: str) -> tuple[Path, Record]:
+    """The results file, and what it holds already of this device, day and commit."""
+    now = datetime.datetime.now(datetime.UTC)
+    date = str(now.date())
+    # toys are no measurements: they must not take the place of one
+    device = found["device"] + (" toy" if scale == "toy" else "")
+    path = folder / results.file_name(device, date, commit)
+    record = results.read(path) or {"format": results.FORMAT, "parts": {}}
+    record |= {"device": found["device"], "kind": found["kind"], "scale": scale, "date": date, "commit": commit}
+    return path, record | {"written": now.isoformat(timespec="seconds"), "environment": found, "goals": []}
+
+
+def run(parts: Sequence[Part], seconds: float, path: Path, record: Record) -> bool:
+    """Run parts one after another within so many seconds, and keep what they find; whether all of them passed."""
+    end = time.monotonic() + seconds
+    for part in parts:
+        record["parts"].pop(part.name, None)
+    for number, part in enumerate(parts):
+        # what one leaves of its time is for those after it
+        shares = sum(later.share for later in parts[number:])
+        limit = max(0.0, end - time.monotonic()) * part.share / shares
+        print(f"\n{part.name}: {limit:.0f} s", flush=True)
+
+        def keep(found: Record, name: str = part.name) -> None:
+            record["parts"][name] = found
+            record["goals"] = goals.judge(results.measured(record)) if record["scale"] == "gpu" else []
+            record["written"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            results.write(path, record)
+
+        run_part(part, limit, keep)
+    return all(ended_well(record["parts"][part.name]["outcome"]) for part in parts)
+
+
+def run_part(part: Part, limit: float, keep: Callable[[Record], Any]) -> None:
+    """Run a part for at most so many seconds; `keep` is given what it has found, now and then and at the end."""
+    start = time.time()
+    about = {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "limit": limit}
+    until = start + limit - min(GRACE_SHARE * limit, GRACE_SECONDS)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "lines.jsonl"
+
+        def look(outcome: str) -> Record:
+            seconds = time.time() - start
+            return {"outcome": outcome, **about, "seconds": seconds, **results.part_of(results.lines_of(lines))}
+
+        filled = [{LINES: str(lines), UNTIL: str(until)}.get(word, word) for word in part.command]
+        with started(filled) as process:
+            while process.poll() is None and time.time() < start + limit:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(LOOK_EVERY, max(0.05, start + limit - time.time())))
+                keep(look("stopped with the command"))
+            code = process.poll()
+        found = look("")
+        keep(found | {"outcome": outcome_of(code, limit, found)})
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the block, and with it all that it started."""
+    process = subprocess.Popen(command, cwd=ROOT, env=child_environment(), start_new_session=True)
     try:
-        return subprocess.run(command, cwd=ROOT, timeout=seconds).returncode == 0
-    except subprocess.TimeoutExpired:
-        print(f"stopped after {seconds} s: {' '.join(command)}")
-        return False
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def commit() -> str:
-    """The short name of the commit, or "unknown" outside a repository."""
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+def outcome_of(code: int | None, limit: float, found: Record) -> str:
+    """How a part went: its exit code (None: stopped) and what it found."""
+    counts = found["counts"]
+    if code is None:
+        return f"stopped after {limit:.0f} s"
+    if code:
+        return f"failed with exit code {code}"
+    if counts.get(NO_TIME):
+        return f"out of time: {counts[NO_TIME]} not reached in {limit:.0f} s"
+    if set(counts) == {"not measured"}:
+        return f"{NOT_MEASURED}: {found['reasons'][0]}"
+    return "passed" if counts else "failed: nothing ran"
 
 
-def print_table(record: dict) -> None:
-    """One line for each operation, direction and shape: the median of each backend, and what the last one reaches."""
-    rows: dict[str, dict[str, dict]] = {}
-    for benchmark in record["benchmarks"]:
-        backend = benchmark["params"]["ops"]
-        rows.setdefault(benchmark["name"].removeprefix("test_").replace(f"{backend}-", ""), {})[backend] = benchmark
-    print(f"\n{record['machine_info']['device']}, torch {record['machine_info']['torch']}; median in ms")
-    print(f"{'':<56}" + "".join(f"{backend:>10}" for backend in BACKENDS) + f"{'rate':>16}")
-    for name, by_backend in rows.items():
-        times = [1e3 * by_backend[b]["stats"]["median"] if b in by_backend else float("nan") for b in BACKENDS]
-        info = next(by_backend[b]["extra_info"] for b in reversed(BACKENDS) if b in by_backend)
-        unit = "TFLOP/s" if info["formula"].startswith("FLOPs") else "TB/s"
-        print(f"{name:<56}" + "".join(f"{t:>10.3f}" for t in times) + f"{info['rate'] / 1e12:>10.3g} {unit}")
+def ended_well(outcome: str) -> bool:
+    """Whether a part did what it could: what cannot be measured on a machine is no failure."""
+    return outcome == "passed" or outcome.startswith(NOT_MEASURED)
 
 
 if __name__ == "__main__":
+    # a SIGTERM, as from `timeout`, must end the parts as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

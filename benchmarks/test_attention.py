@@ -1,29 +1,72 @@
+"""Causal attention, and attention of one query over a cache."""
+
 import pytest
 import torch
 
-SHAPES = {  # B, T, H, D
-    "cpu": {"toy": (2, 128, 2, 64)},
-    "cuda": {
-        "gpt2-124m": (16, 1024, 12, 64),
-        "gpt2-1558m": (8, 1024, 25, 64),
-        "gpt3-2.7b, D=80": (4, 2048, 32, 80),
-        "gpt3-6.7b, D=128": (4, 2048, 32, 128),
-    },
-}
-HERE = SHAPES["cuda" if torch.cuda.is_available() else "cpu"]
+from benchmarks.shapes import ATTENTION, DECODE
+from benchmarks.work import Work, bytes_of
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("shape", HERE.values(), ids=HERE.keys())
-def test_causal_attention(shape, dropout_p, ops, device, check, measure):
-    B, T, H, D = shape
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    qkv = torch.randn(B, T, 3, H, D).to(device, dtype)
-    check(lambda ops, x: ops.causal_attention(x), qkv[:1, :, :, :2])
-    forward = 2 * 2 * B * H * (T * T / 2) * D
-    measure(
-        lambda x: ops.causal_attention(x, dropout_p=dropout_p, seed=1),
-        qkv,
-        work=(forward, 2.5 * forward),
-        formula="FLOPs: 2 products forward and 5 backward, each 2 B H (T^2 / 2) D",
+@pytest.mark.operation("causal_attention", cases=ATTENTION, directions=("forward", "backward", "both"))
+def test_causal_attention(case, contender, device, draw, check, measure):
+    B, T, H, D = case[:4]
+    qkv = draw(B, T, 3, H, D)
+    ids = None
+    if case.documents:
+        ids = (torch.arange(T, device=device) * case.documents // T).expand(B, T)
+
+    def attend(ops, *parts, ids=ids, dropout_p=case.dropout_p):
+        # a number: ours stays on the host, where no call waits for it
+        options = {"window": case.window, "document_ids": ids, "dropout_p": dropout_p, "seed": 1}
+        if hasattr(ops, "attend"):
+            return ops.attend(*parts, **options)
+        return ops.causal_attention(parts[0] if len(parts) == 1 else torch.stack(parts, 2), **options)
+
+    parts = qkv.unbind(2) if hasattr(contender, "attend") else (qkv,)
+    heads = 2 if T <= 1024 else 1  # the oracle holds T x T weights in float64
+    few = [x[:1, :, ..., :heads, :] for x in parts]
+    check(lambda ops, *xs: attend(ops, *xs, ids=None if ids is None else ids[:1].to(xs[0].device), dropout_p=0.0), *few)
+    if case.dropout_p:
+        assert_dropout_is_fair(lambda *xs: attend(contender, *xs), parts, case)
+    pairs = B * visible_pairs(case)
+    work = Work(
+        "FLOP",
+        "4 D H for each pair of positions that see each other, T (T + 1) / 2 of them in a sequence without window and "
+        "documents (2 products); backward: 10 D H (5 products)",
+        4 * D * H * pairs,
+        10 * D * H * pairs,
     )
+    measure(attend, *parts, work=work)
+
+
+def visible_pairs(case):
+    """How many positions the positions of a sequence see, in all."""
+    i = torch.arange(case.T)
+    first = torch.zeros_like(i) if case.window is None else (i - case.window + 1).clamp(min=0)
+    if case.documents:
+        number = i * case.documents // case.T
+        first = torch.maximum(first, (number * case.T + case.documents - 1) // case.documents)
+    return (i - first + 1).sum().item()
+
+
+def assert_dropout_is_fair(call, parts, case):
+    """With values of 1, the output is the sum of the kept weights: 1 on average, and not always."""
+    ones = [x.clone() for x in parts]
+    (ones[0][:, :, 2] if len(ones) == 1 else ones[2]).fill_(1.0)
+    sums = call(*ones).float()
+    assert abs(sums.mean().item() - 1.0) < 0.05 and sums.std().item() > 1e-3
+
+
+@pytest.mark.operation("decode_attention", cases=DECODE, directions=("call",))
+def test_decode_attention(case, contender, device, draw, check_output, measure):
+    B, T, H, D = case[:4]
+    q, k_cache, v_cache = draw(B, H, D), draw(B, H, T, D), draw(B, H, T, D)
+    lengths = T - torch.arange(B, device=device) % (T // 4)
+
+    def attend(ops, q, k_cache, v_cache, lengths):
+        return ops.decode_attention(q, k_cache, v_cache, lengths)
+
+    check_output(attend, q[:2, :2], k_cache[:2, :2], v_cache[:2, :2], lengths[:2])
+    used = lengths.sum().item() * H * D * q.element_size()
+    work = Work("byte", "read q, and the used keys and values; write the output", 2 * used + 2 * bytes_of(q))
+    measure(attend, q, k_cache, v_cache, lengths, work=work)

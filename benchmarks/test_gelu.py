@@ -1,23 +1,45 @@
+"""GELU alone, after a bias, and after the up-projection."""
+
 import pytest
-import torch
 
-SHAPES = {"cpu": {"toy": (256, 384)}, "cuda": {"gpt2-124m": (65536, 3072), "gpt2-1558m": (32768, 6400)}}
-HERE = SHAPES["cuda" if torch.cuda.is_available() else "cpu"]
-FORMULA = "bytes: read x, write y; backward read x and dy, write dx"
+from benchmarks.shapes import MLPS
+from benchmarks.work import Work, bytes_of
 
-
-@pytest.mark.parametrize("shape", HERE.values(), ids=HERE.keys())
-def test_gelu(shape, ops, device, check, measure):
-    x = torch.randn(shape).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    check(lambda ops, x: ops.gelu(x), x[:128])
-    size = x.numel() * x.element_size()
-    measure(ops.gelu, x, work=(2 * size, 3 * size), formula=FORMULA)
+FEW = 128  # rows that are checked
+FORMULA = "read x, write y; backward: read x and dy, write dx"
 
 
-@pytest.mark.parametrize("shape", HERE.values(), ids=HERE.keys())
-def test_bias_gelu(shape, ops, device, check, measure):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    x, bias = (torch.randn(s).to(device, dtype) for s in (shape, shape[1:]))
-    check(lambda ops, *xs: ops.bias_gelu(*xs), x[:128], bias)
-    size = x.numel() * x.element_size()
-    measure(ops.bias_gelu, x, bias, work=(2 * size, 3 * size), formula=FORMULA)
+@pytest.mark.operation("gelu", cases=MLPS, directions=("forward", "backward"))
+def test_gelu(case, contender, draw, check, measure):
+    x = draw(case.rows, 4 * case.N)
+
+    def gelu(ops, x):
+        return ops.gelu(x)
+
+    check(gelu, x[:FEW])
+    measure(gelu, x, work=Work("byte", FORMULA, 2 * bytes_of(x), 3 * bytes_of(x)))
+
+
+@pytest.mark.operation("bias_gelu", cases=MLPS, directions=("forward", "backward"))
+def test_bias_gelu(case, contender, draw, check, measure):
+    x, bias = draw(case.rows, 4 * case.N), draw(4 * case.N)
+
+    def gelu(ops, x, bias):
+        return ops.bias_gelu(x, bias)
+
+    check(gelu, x[:FEW], bias)
+    measure(gelu, x, bias, work=Work("byte", FORMULA, 2 * bytes_of(x), 3 * bytes_of(x)))
+
+
+@pytest.mark.operation("linear_gelu", cases=MLPS, directions=("forward", "backward"))
+def test_linear_gelu(case, contender, draw, check, measure):
+    rows, N = case.rows, case.N
+    x, weight, bias = draw(rows, N), draw(4 * N, N) * N**-0.5, draw(4 * N)
+
+    def gelu(ops, *inputs):
+        return ops.linear_gelu(*inputs)
+
+    check(gelu, x[:FEW], weight, bias)
+    product = 2 * rows * N * 4 * N
+    work = Work("FLOP", "2 rows N 4N; backward: twice that, for dx and dW", product, 2 * product)
+    measure(gelu, x, weight, bias, work=work)

@@ -136,10 +136,7 @@ def _tiles_of(kernel: str, qkv: Tensor, seed: Tensor | None, window: int | None,
 
 
 def _options(qkv: Tensor) -> dict[str, Any]:
-    # left alone, the assembler spills some float32 kernels a little for the sake of more programs at a time
-    nvidia = launch.architecture(qkv.device).startswith("sm_")
-    unspilled = {"maxnreg": 255} if qkv.dtype == torch.float32 and nvidia else {}
-    return launch.OPTIONS | unspilled
+    return launch.with_all_registers(qkv.device) if qkv.dtype == torch.float32 else launch.OPTIONS
 
 
 def pieces(head_size: int) -> tuple[int, int]:

@@ -2,11 +2,13 @@
 
     python -m fastgpt_kernels.compile_report --operations attention --arch sm_90
 
-prints one line for each kernel, dtype and shape, and exits with code 1 when one of them spills more than its budget,
-asks for more shared memory than the architecture has, or lacks an instruction that it should have. With `--gate` it
-compiles what CI does, with `--markdown FILE` it writes the table of docs/kernels-compiled.md.
+prints one line for each kernel, dtype and shape, and exits with code 1 when one of them does not compile, spills more
+than its budget, asks for more shared memory than the architecture has, or lacks an instruction that it should have.
+With `--gate` it compiles what CI does (`make compile-gate`, under two versions of Triton), and fails too where a kernel
+of the package is not among it for every architecture. With `--markdown FILE` it writes the tables of
+docs/kernels-compiled.md (`make kernels-compiled`).
 
-The launches are those of compile_cases.py, with a driver that knows only its target and no launch after the compilation.
+The launches are those of compile_cases.py, with a driver that knows only its target, and nothing is run.
 
     registers  of a thread; on gfx942 its vector registers (512 of a program with one wave for each SIMD, else 256)
     spills     bytes that a thread stores to and loads from memory for want of registers; on gfx942 its scratch memory
@@ -14,6 +16,7 @@ The launches are those of compile_cases.py, with a driver that knows only its ta
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import json
@@ -21,7 +24,7 @@ import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -68,9 +71,12 @@ class Compiled(NamedTuple):
     instruction: str  # that multiplies matrices
     needed: str  # the instruction that must be there
     seconds: float
+    error: str = ""  # why it was not compiled
 
     def faults(self) -> list[str]:
         """What is wrong with the kernel; nothing, if all is well."""
+        if self.error:
+            return [self.error]
         faults = []
         if self.spill_budget is not None and self.spilled_bytes > self.spill_budget:
             budget = f", {self.spill_budget} are allowed" if self.spill_budget else ""
@@ -117,32 +123,43 @@ def compile_case(case: Case, arch: str) -> list[Compiled]:
         if case.kernel is not None and name != f"{case.kernel}_kernel":
             return
         kernel.device_caches.clear()  # it would not be compiled again, and have no log
+        row = Compiled(
+            operation=case.operation,
+            size=case.size,
+            dtype=str(case.dtype).removeprefix("torch."),
+            arch=arch,
+            kernel=f"{kernel.fn.__module__.rpartition('.')[2]}.{name}",
+            tiles=_tiles_of(options),
+            registers=0,
+            spilled_bytes=0,
+            spill_budget=case.spill_budget,
+            shared_bytes=0,
+            tensor_columns=0,
+            instruction="",
+            needed=case.instruction,
+            seconds=0.0,
+        )
         start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()) as ptxas_log:
-            binary = run(kernel, *args, grid=grid, warmup=True, **options)
-        seconds = time.perf_counter() - start
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as ptxas_log:
+                binary = run(kernel, *args, grid=grid, warmup=True, **options)
+        except Exception as error:
+            compiled.append(row._replace(error=f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"))
+            return
         assembly = binary.asm["amdgcn" if "amdgcn" in binary.asm else "ptx"]
         registers, spilled_bytes = _of_amd(assembly) if "amdgcn" in binary.asm else _of_nvidia(ptxas_log.getvalue())
         compiled.append(
-            Compiled(
-                operation=case.operation,
-                size=case.size,
-                dtype=str(case.dtype).removeprefix("torch."),
-                arch=arch,
-                kernel=f"{kernel.fn.__module__.rpartition('.')[2]}.{name}",
-                tiles=_tiles_of(options),
+            row._replace(
                 registers=registers,
                 spilled_bytes=spilled_bytes,
-                spill_budget=case.spill_budget,
                 shared_bytes=binary.metadata.shared,
                 tensor_columns=getattr(binary.metadata, "tmem_size", None) or 0,
                 instruction=next((word for word in INSTRUCTIONS if word in assembly), ""),
-                needed=case.instruction,
-                seconds=round(seconds, 2),
+                seconds=round(time.perf_counter() - start, 2),
             )
         )
 
-    forced = contextlib.nullcontext()
+    forced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if case.kernel is not None and case.tiles is not None:
         forced = tiles.forced(case.kernel, case.tiles)
     token = launch.compiling_for.set(arch)
@@ -201,8 +218,42 @@ def compile_all(work: Iterable[tuple[int, str]], jobs: int) -> Iterator[list[Com
         yield from pool.map(_compile_number, *zip(*work, strict=True))
 
 
+PAGE = """\
+# Kernels, compiled
+
+What the compiler says of every kernel of the gate, under Triton {versions}. `make kernels-compiled` writes this page,
+`make compile-gate` compiles the same in CI. Where the versions differ, a cell has a number for each, in this order.
+
+Head sizes are those of the table of tiles, `attention_tiles.json`; `plain` is attention without dropout, window and
+documents. Registers and spilled bytes are those of a thread (on gfx942, vector registers and scratch memory), shared
+memory is that of a program. A kernel that is launched in several variants has the largest numbers of them."""
+
+
+def kernels_of_package() -> set[str]:
+    """Every kernel that a file of this package launches, as "gelu.gelu_forward_kernel"; a kernel starts in its file."""
+    found = set()
+    for path in Path(__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+                if any(decorator.startswith("triton.jit") for decorator in decorators):
+                    found.add(f"{path.stem}.{node.name.strip('_')}")
+    return found
+
+
+def uncovered(rows: Iterable[Compiled], architectures: Iterable[str]) -> list[str]:
+    """The kernels of the package that are not among the rows for each of the architectures."""
+    compiled = {(row.kernel, row.arch) for row in rows}
+    return [
+        f"{kernel} was not compiled for {arch}"
+        for kernel in sorted(kernels_of_package())
+        for arch in architectures
+        if (kernel, arch) not in compiled
+    ]
+
+
 HEADER = (
-    f"{'kernel':<46}{'size':<32}{'dtype':<10}{'arch':<8}{'tiles':<15}"
+    f"{'kernel':<46}{'size':<37}{'dtype':<10}{'arch':<8}{'tiles':<15}"
     f"{'regs':>5}{'spills':>8}{'shared':>8}  {'matrix':<12}{'s':>5}"
 )
 
@@ -211,13 +262,77 @@ def line(row: Compiled) -> str:
     """A row of the printed table."""
     name = f"{row.operation} {row.kernel.removesuffix('_kernel')}"
     return (
-        f"{name:<46}{row.size:<32}{row.dtype:<10}{row.arch:<8}{row.tiles:<15}"
-        f"{row.registers:>5}{row.spilled_bytes:>8}{row.shared_bytes:>8}  {row.instruction or '-':<12}{row.seconds:>5.1f}"
-        + "".join(f"  {fault}" for fault in row.faults())
+        f"{name:<46}{row.size:<37}{row.dtype:<10}{row.arch:<8}{row.tiles:<15}"
+        f"{row.registers:>5}{row.spilled_bytes:>8}{row.shared_bytes:>8}  "
+        f"{row.instruction or '-':<12}{row.seconds:>5.1f}" + "".join(f"  {fault}" for fault in row.faults())
     )
 
 
-def main() -> int:
+def markdown(reports: Sequence[tuple[str, Sequence[Compiled]]]) -> str:
+    """docs/kernels-compiled.md.
+
+    Args:
+        reports: the rows of the gate under each version of Triton.
+    """
+    text = [PAGE.format(versions=" and ".join(version for version, _ in reports))]
+    merged = [_largest(rows) for _, rows in reports]
+    for arch in ARCHITECTURES:
+        text += [
+            "",
+            f"## {arch}",
+            "",
+            f"At most {SHARED_MEMORY[arch]:,} bytes of shared memory.",
+            "",
+            "| Kernel | Size | dtype | Tiles | Registers | Spilled bytes | Shared memory | Matrix instruction |",
+            "|---|---|---|---|--:|--:|--:|---|",
+        ]
+        for key in merged[0]:
+            rows = [report[key] for report in merged if key in report]
+            if rows[0].arch == arch:
+                text.append("| " + " | ".join(_cells(rows)) + " |")
+    return "\n".join(text) + "\n"
+
+
+def _cells(rows: Sequence[Compiled]) -> Iterator[str]:
+    """A row of the page, from its kernel under each Triton."""
+
+    def numbers(values: Iterable[int | str]) -> str:
+        words = [f"{value:,}" if isinstance(value, int) else value for value in values]
+        return words[0] if len(set(words)) == 1 else " / ".join(words)
+
+    first = rows[0]
+    yield f"{first.operation}: {first.kernel.rpartition('.')[2].removesuffix('_kernel')}"
+    yield first.size
+    yield first.dtype
+    yield first.tiles
+    yield numbers(row.registers for row in rows)
+    spilled = numbers(row.spilled_bytes for row in rows)
+    yield f"{spilled} (budget {first.spill_budget:,})" if first.spill_budget else spilled
+    yield numbers(row.shared_bytes for row in rows)
+    yield numbers(row.instruction for row in rows)
+
+
+def _largest(rows: Iterable[Compiled]) -> dict[tuple[str, ...], Compiled]:
+    """The rows by what tells them apart; of several variants, the largest numbers."""
+    merged: dict[tuple[str, ...], Compiled] = {}
+    for row in rows:
+        key = (row.arch, row.operation, row.kernel, row.size, row.dtype, row.tiles)
+        other = merged.get(key, row)
+        merged[key] = row._replace(
+            registers=max(row.registers, other.registers),
+            spilled_bytes=max(row.spilled_bytes, other.spilled_bytes),
+            shared_bytes=max(row.shared_bytes, other.shared_bytes),
+        )
+    return merged
+
+
+def read(path: Path) -> tuple[str, list[Compiled]]:
+    """The version of Triton and the rows that `--json` wrote."""
+    report = json.loads(path.read_text())
+    return report["triton"], [Compiled(**row) for row in report["rows"]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the exit code says whether a kernel has a fault."""
     operations = list(dict.fromkeys(case.operation for case in _numbered_cases()))
     parser = argparse.ArgumentParser(
@@ -227,29 +342,44 @@ def main() -> int:
     )
     parser.add_argument("--operations", nargs="+", choices=operations, default=operations)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--only", nargs="+", default=[], help="only cases with all of these words: D=64 plain bfloat16")
     parser.add_argument("--gate", action="store_true", help="only the cases that CI compiles")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--markdown", type=Path, help="write the page of docs to this file; with --gate")
+    parser.add_argument(
+        "--beside", type=Path, nargs="+", default=[], help="files of --json, for the page of --markdown"
+    )
+    options = parser.parse_args(arguments)
+    whole = options.operations == operations and not options.only
+    if options.markdown and not (options.gate and whole and list(options.arch) == list(ARCHITECTURES)):
+        parser.error("--markdown needs --gate, and all of it")
 
     work = [
         (number, arch)
         for number, case in enumerate(_numbered_cases())
-        for arch in arguments.arch
-        if case.operation in arguments.operations and case.arch in (None, arch) and (case.gate or not arguments.gate)
+        for arch in options.arch
+        if case.operation in options.operations
+        and case.arch in (None, arch)
+        and (case.gate or not options.gate)
+        and set(options.only) <= {*case.size.split(), str(case.dtype).removeprefix("torch.")}
     ]
     start = time.perf_counter()
     print(f"triton {triton.__version__}\n{HEADER}")
     rows: list[Compiled] = []
-    for compiled in compile_all(work, arguments.jobs):
+    for compiled in compile_all(work, options.jobs):
         for row in compiled:
             rows.append(row)
             print(line(row), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": [row._asdict() for row in rows]}))
-    faulty = sum(bool(row.faults()) for row in rows)
-    print(f"{len(rows)} kernels, {faulty} with a fault, in {time.perf_counter() - start:.0f} s")
-    return 1 if faulty else 0
+    if options.json:
+        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": [row._asdict() for row in rows]}))
+    if options.markdown:
+        options.markdown.write_text(markdown([(triton.__version__, rows), *map(read, options.beside)]))
+    faulty = [row for row in rows if row.faults()]
+    missing = uncovered(rows, options.arch) if options.gate and whole else []
+    print(f"{len(rows)} kernels, {len(faulty)} with a fault, in {time.perf_counter() - start:.0f} s")
+    print(*(line(row) for row in faulty), *missing, sep="\n")
+    return 1 if faulty or missing or not rows else 0
 
 
 if __name__ == "__main__":

@@ -183,6 +183,9 @@ def launch_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, 
     out = q.new_empty((B, H, D))
     sums = q.new_empty((B, H, stretches, D), dtype=torch.float32)
     statistics = q.new_empty((2, B, H, stretches), dtype=torch.float32)
+    # left alone, the assembler spills a float32 kernel a little for the sake of more programs at a time
+    nvidia = launch.architecture(q.device).startswith("sm_")
+    unspilled = {"maxnreg": 255} if q.dtype == torch.float32 and nvidia else {}
     warps = max(1, triton.next_power_of_2(keys * (main + tail)) // (32 * ELEMENTS_OF_THREAD))
     with launch.on_device_of(q):
         _stretch_kernel[(B * H * stretches,)](
@@ -205,7 +208,7 @@ def launch_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, 
             tail,
             keys,
             num_warps=warps,
-            **launch.OPTIONS,
+            **launch.OPTIONS | unspilled,
         )
         _join_stretches_kernel[(B * H,)](
             sums,

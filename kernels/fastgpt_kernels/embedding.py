@@ -16,8 +16,8 @@ chunk:
                     o     i   o       i           i          o: of a run that began here, i: of one that began before
 
 A second kernel adds the partial sums of each such run into its row: o, and the i of the chunks after it as long as they
-begin with the same token, ROWS of them at a time. A frequent token, of which a text of 65,536 may have 10,000, thus
-takes no longer than a few others. Rows of tokens that do not occur stay zero, as do those of P from T on.
+begin with the same token, ROWS of them at a time. A frequent token, of which a text of 65,536 may have 10,000, is thus
+shared out among as many programs as it takes. Rows of tokens that do not occur stay zero, as do those of P from T on.
 
 Limits: float32, float16 or bfloat16, both tables in one; any N. A token outside the table gives a row of NaN, and none
 of its gradient reaches W.
@@ -26,7 +26,7 @@ Numerics: float32 sums of unrounded terms, in an order that depends on the token
 positions within a chunk, then the chunks); the factor 1 / (1 - p) multiplies the sums; one rounding.
 
 Sources: Radford et al., "Improving Language Understanding by Generative Pre-Training" (2018), section 3.1 (the sum of
-the two). Blelloch, "Prefix Sums and Their Applications" (1990), section 1.5 (sums of segments by blocks).
+the two). Blelloch, "Prefix Sums and Their Applications" (1990), section 1.5 (segmented scans).
 """
 
 from typing import Any
@@ -114,28 +114,31 @@ def _run_sums_kernel(
     for start in range(0, CHUNK, GROUP):
         first = chunk * CHUNK + start
         group = ()
+        next_tokens = ()
         for i in tl.static_range(GROUP):
+            # after the last token comes one that is no token
+            next_token = tl.load(sorted_ptr + first + i + 1, mask=first + i + 1 < n, other=-1).to(tl.int64)
+            next_tokens += (next_token,)
             place = first + i + tl.arange(0, 1)
             row = tl.load(order_ptr + place, mask=place < n, other=0)
             inside = (place < n)[:, None] & (column < N)
             dy = tl.load(dy_ptr + row[:, None] * N + column, mask=inside, other=0.0).to(tl.float32)
             if seed_ptr is not None:
                 dy = tl.where(_keep(tl.load(seed_ptr), row, column_block, p, N, 1, COLUMNS), dy, 0.0)
-            group = (*group, dy)
+            group += (dy,)
         for i in tl.static_range(GROUP):
-            # after the last token comes one that is no token
-            following = tl.load(sorted_ptr + first + i + 1, mask=first + i + 1 < n, other=-1).to(tl.int64)
             total += group[i]
-            ends = following != token
+            ends = next_tokens[i] != token
             known = (token >= 0) & (token < V)
             whole = (total * (1.0 / (1.0 - p))).to(dtable_ptr.dtype.element_ty)
-            done = ends & (token != before) & known & (column < N)
-            tl.store(dtable_ptr + token * N + column, whole, mask=done)
+            done = ends & (token != before) & known
+            tl.store(dtable_ptr + token * N + column, whole, mask=column < tl.where(done, N, 0))
             at_border = first + i + 1 == (chunk + 1) * CHUNK
-            leaves = (ends & (token == before)) | ((following == token) & at_border)
-            tl.store(partial_ptr + tl.where(token == before, 0, other_partial), total, mask=leaves & (column < N))
+            leaves = (ends & (token == before)) | ((next_tokens[i] == token) & at_border)
+            partial_row = partial_ptr + tl.where(token == before, 0, other_partial)
+            tl.store(partial_row, total, mask=column < tl.where(leaves, N, 0))
             total = tl.where(ends, 0.0, total)
-            token = following
+            token = next_tokens[i]
 
 
 @triton.jit
@@ -193,17 +196,16 @@ def _position_sums_kernel(
     column = column_block * COLUMNS + tl.arange(0, COLUMNS)
     first_position = tl.program_id(0) // column_blocks * ROWS
     position = (first_position + tl.arange(0, ROWS)).to(tl.int64)
-    inside = (position < T)[:, None] & (column < N)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, tl.where(first_position < T, B, 0), GROUP):
         group = ()
         for i in tl.static_range(GROUP):
             row = tl.cast(first + i, tl.int64) * T + position
-            dy = tl.load(dy_ptr + row[:, None] * N + column[None, :], mask=inside & (first + i < B), other=0.0)
-            dy = dy.to(tl.float32)
+            inside = (position < tl.where(first + i < B, T, 0))[:, None] & (column < N)[None, :]
+            dy = tl.load(dy_ptr + row[:, None] * N + column[None, :], mask=inside, other=0.0).to(tl.float32)
             if seed_ptr is not None:
                 dy = tl.where(_keep(tl.load(seed_ptr), row, column_block, p, N, ROWS, COLUMNS), dy, 0.0)
-            group = (*group, dy)
+            group += (dy,)
         for i in tl.static_range(GROUP):
             total += group[i]
     total *= 1.0 / (1.0 - p)
@@ -346,8 +348,8 @@ def embedding(
     """Row tokens[b, t] of a table plus row t of another, and dropout, in one pass, in Triton.
 
     Args:
-        tokens: (B, T) int64 or int32, any strides. One that is not in [0, V) makes its row NaN, kept elements that is,
-            and adds nothing to the gradient of token_table.
+        tokens: (B, T) int64 or int32, any strides. For one that is not in [0, V), what is kept of its row is NaN, and
+            nothing is added to the gradient of token_table.
         token_table: (V, N), float32, float16 or bfloat16; made contiguous where it is not.
         position_table: (at least T, N), in the dtype of token_table; made contiguous where it is not.
         dropout_p: probability, in [0, 1), of dropping an element of the sum.

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import triton
@@ -65,6 +66,15 @@ def compute_capability(device: torch.device) -> int:
     """90 for an H100; 0 where there is no such thing."""
     arch = _architecture(device)
     return int(arch[3:]) if arch.startswith("sm_") else 0
+
+
+def with_all_registers(device: torch.device, warps: int = 8) -> dict[str, Any]:
+    """Options of a kernel that needs many registers.
+
+    Left alone, NVIDIA's assembler spills some a little for the sake of more programs at a time.
+    """
+    nvidia = architecture(device).startswith("sm_")
+    return OPTIONS | ({"maxnreg": min(255, 2_048 // warps)} if nvidia else {})
 
 
 def partial_sums(device: torch.device, tasks: int) -> int:

@@ -37,6 +37,7 @@ Source: Ba, Kiros and Hinton, "Layer Normalization" (2016), section 3.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,10 +51,12 @@ from fastgpt_kernels.seeds import seed_tensor
 MAX_COLUMNS = 16_384
 # the widest row whose parameter gradients fit in registers beside it
 MAX_COLUMNS_IN_ONE_PASS = 8_192
-TILE_ELEMENTS = 4_096  # narrow rows share a program
+# narrow rows share a program; the backward holds more of each
+TILE_ELEMENTS, BACKWARD_TILE_ELEMENTS = 4_096, 2_048
 SMALLEST_PIECE = 16
 # a multiple of so large a power of two is held in equal pieces, whose sums need one reduction across threads
 SMALLEST_EQUAL_PIECE = 128
+LARGEST_EQUAL_PIECE = 4_096  # the smaller the pieces, the fewer numbers a sum of several holds at a time
 WARPS_PER_MULTIPROCESSOR = 16  # of the backward, whose programs stay
 COLUMN_BLOCK, ROW_BLOCK = 128, 32
 
@@ -278,17 +281,17 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(N: int) -> Tile:
-    """How a program holds rows of N columns."""
+def tile(N: int, elements: int = TILE_ELEMENTS) -> Tile:
+    """How a program holds rows of N columns, about so many elements."""
     sizes = piece_sizes(N)
     pieces = tuple((sum(sizes[:i]), size) for i, size in enumerate(sizes))
-    rows = 1 << max(0, (TILE_ELEMENTS // sum(sizes)).bit_length() - 1)
+    rows = 1 << max(0, (elements // sum(sizes)).bit_length() - 1)
     return Tile(rows, pieces, min(16, max(4, triton.next_power_of_2(sum(sizes)) // 1024)))
 
 
 def piece_sizes(N: int) -> list[int]:
     """Powers of two, none larger than the one before, that cover N columns."""
-    factor = N & -N  # the largest power of two that divides N
+    factor = min(N & -N, LARGEST_EQUAL_PIECE)  # a power of two that divides N
     if N // factor <= 7 and (factor >= SMALLEST_EQUAL_PIECE or N == factor >= SMALLEST_PIECE):
         return [factor] * (N // factor)
     sizes: list[int] = []
@@ -360,7 +363,7 @@ def launch_backward(
     rows = mean.numel()
     dx = torch.empty_like(x)
     ddropped = None if seed is None and dy.dtype == x.dtype else torch.empty_like(dy)
-    shape = tile(N)
+    shape = tile(N, BACKWARD_TILE_ELEMENTS)
     tiles = triton.cdiv(rows, shape.rows)
     programs = min(tiles, launch.multiprocessors(x.device) * (WARPS_PER_MULTIPROCESSOR // shape.warps))
     one_pass = N <= MAX_COLUMNS_IN_ONE_PASS
@@ -386,7 +389,7 @@ def launch_backward(
             shape.rows,
             shape.pieces,
             num_warps=shape.warps,
-            **launch.OPTIONS,
+            **launch.with_all_registers(x.device, shape.warps),
         )
         if not one_pass:
             _backward_parameters_kernel[(parameter_programs, triton.cdiv(N, COLUMN_BLOCK))](
@@ -511,7 +514,11 @@ def _differentiate_add(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None)
         return dx[0] if dx else dresidual, dresidual, dweight, dbias, None, None, None
     if ds is None:
         return (None,) * 7
-    dx = ds.to(ctx.dtype) if seed is None else _dropout(ds, ctx.p, seed, ctx.dtype)
+    if seed is None:
+        return ds.to(ctx.dtype), ds, None, None, None, None, None
+    N = ds.shape[-1]
+    # the mask numbers the elements of rows of a multiple of four columns
+    dx = _dropout(F.pad(ds, (0, -N % 4)), ctx.p, seed, ctx.dtype)[..., :N]
     return dx, ds, None, None, None, None, None
 
 

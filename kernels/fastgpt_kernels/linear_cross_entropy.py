@@ -29,13 +29,11 @@ from fastgpt_kernels.torch_ops.linear_cross_entropy import chunks_of_logits, gra
 
 
 def losses_by_chunks(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The losses (rows,) and the statistics (rows, 2); targets are contiguous."""
+    """The losses (rows,) and the statistics (rows, 2); weight and targets are contiguous."""
     losses = x.new_empty(len(x), dtype=torch.float32)
     statistics = x.new_empty((len(x), 2), dtype=torch.float32)
-    # a product in a custom op is seen by autocast a second time
-    with torch.autocast(x.device.type, enabled=False):
-        for rows, logits in chunks_of_logits(x, weight.contiguous()):
-            losses[rows], statistics[rows] = cross_entropy.launch_forward(logits, targets[rows], ignore_index)
+    for rows, logits in chunks_of_logits(x, weight):
+        losses[rows], statistics[rows] = cross_entropy.launch_forward(logits, targets[rows], ignore_index)
     return losses, statistics
 
 
@@ -49,18 +47,19 @@ def gradients_by_chunks(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dW, each empty where it is not needed; targets and dlosses are contiguous."""
+    """dx and dW, each empty where it is not needed; all but x are contiguous."""
 
     def overwrite(rows: slice, logits: Tensor) -> None:
         cross_entropy.launch_backward(logits, targets[rows], statistics[rows], dlosses[rows], ignore_index, logits)
 
-    with torch.autocast(x.device.type, enabled=False):
-        return gradients(x, weight.contiguous(), overwrite, need_x, need_weight)
+    return gradients(x, weight, overwrite, need_x, need_weight)
 
 
 @torch.library.custom_op("fastgpt::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    return losses_by_chunks(x, weight, targets.contiguous(), ignore_index)
+    # a product in a custom op is seen by autocast a second time
+    with torch.autocast(x.device.type, enabled=False):
+        return losses_by_chunks(x, weight.contiguous(), targets.contiguous(), ignore_index)
 
 
 @_linear_cross_entropy.register_fake
@@ -79,9 +78,9 @@ def _gradients(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    return gradients_by_chunks(
-        x, weight, targets.contiguous(), statistics, dlosses.contiguous(), ignore_index, need_x, need_weight
-    )
+    inputs = (x, weight.contiguous(), targets.contiguous(), statistics, dlosses.contiguous())
+    with torch.autocast(x.device.type, enabled=False):
+        return gradients_by_chunks(*inputs, ignore_index, need_x, need_weight)
 
 
 @_gradients.register_fake

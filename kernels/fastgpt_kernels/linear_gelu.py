@@ -349,7 +349,8 @@ def _linear_gelu_backward(weight: Tensor, u: Tensor, dy: Tensor, approximate: st
 @_linear_gelu_backward.register_fake
 def _(weight: Tensor, u: Tensor, dy: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
     N, K = weight.shape
-    return u.new_empty((len(u), K)), u.new_empty(u.shape), u.new_empty(N)
+    # not len(u), which would make the compiler's graph one for that number of rows
+    return u.new_empty((u.shape[0], K)), u.new_empty(u.shape), u.new_empty(N)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str, bool], output: tuple[Tensor, Tensor]) -> None:

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 # rows..., K, N
-SHAPES = [((1,), 1, 1), ((3,), 5, 7), ((2, 3), 33, 768), ((17,), 129, 1023), ((300,), 70, 40)]
+SHAPES = [((1,), 1, 1), ((3,), 5, 7), ((2, 3), 33, 768), ((17,), 65, 1023), ((70,), 70, 40)]
+WIDE = [((9,), 1600, 33), ((2,), 7, 12288), ((300,), 129, 70)]
 SMALL = Tile(32, 32, 16, 4, 2)
 FUSED = Ways(SMALL, SMALL)
 WAYS = {"cublas": CUBLAS, "fused": FUSED, "forward fused": Ways(SMALL, None), "backward fused": Ways(None, SMALL)}
-FORMS = ["tanh", "none"]
 # the interpreter cannot multiply bfloat16 in PyTorch's order: on a GPU only
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -33,12 +33,26 @@ def inputs_of(rows, K, N, dtype, device):
     return x, weight * (2.0 / K**0.5), bias
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, pytest.param(((4096,), 768, 3072), marks=pytest.mark.gpu)])
-def test_it_is_as_close_to_the_mathematics_as_torch(shape, dtype, form, ways, device, triton_ops):
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *SHAPES,
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in WIDE),
+        pytest.param(((4096,), 768, 3072), marks=pytest.mark.gpu),
+    ],
+)
+def test_it_is_as_close_to_the_mathematics_as_torch(shape, dtype, ways, device, triton_ops):
     assert_as_close_as_torch(
-        lambda ops, *inputs: ops.linear_gelu(*inputs, form), *inputs_of(*shape, dtype, device), ops=triton_ops
+        lambda ops, *inputs: ops.linear_gelu(*inputs), *inputs_of(*shape, dtype, device), ops=triton_ops
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [((3,), 5, 7), ((70,), 70, 40)])
+def test_the_exact_form_is_as_close(shape, dtype, ways, device, triton_ops):
+    assert_as_close_as_torch(
+        lambda ops, *inputs: ops.linear_gelu(*inputs, "none"), *inputs_of(*shape, dtype, device), ops=triton_ops
     )
 
 
@@ -53,13 +67,14 @@ def test_every_tile_that_may_be_chosen_is_right(direction, dtype, device, triton
         assert_as_close_as_torch(lambda ops, *inputs: ops.linear_gelu(*inputs), *inputs, ops=triton_ops)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_tiles_of_every_architecture_are_right_for_odd_sizes(direction, arch, device, triton_ops, monkeypatch):
+def test_the_tiles_of_every_architecture_are_right_for_odd_sizes(direction, device, triton_ops, monkeypatch):
     if device == "cuda":
         pytest.skip("another architecture's tiles may not fit")
-    inputs = inputs_of((150,), 70, 257, torch.float16, device)
-    for tile in linear_gelu.CANDIDATES[direction, arch]:
+    inputs = inputs_of((130,), 70, 257, torch.float16, device)
+    # the interpreter knows neither warps nor stages
+    candidates = (tile for arch in ARCHITECTURES for tile in linear_gelu.CANDIDATES[direction, arch])
+    for tile in {tile._replace(warps=4, stages=1) for tile in candidates}:
         force(CUBLAS._replace(**{direction: tile}), monkeypatch)
         assert_as_close_as_torch(lambda ops, *inputs: ops.linear_gelu(*inputs), *inputs, ops=triton_ops)
 
@@ -90,7 +105,7 @@ def test_the_table_is_read_as_it_is_written():
         assert entry.backward in (None, *linear_gelu.CANDIDATES["backward", entry.arch])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     rows=st.integers(1, 70),
     K=st.integers(1, 40),
@@ -130,7 +145,7 @@ def test_views_are_taken(ways, device, triton_ops):
 
 
 def test_a_repeat_gives_the_same_bits(ways, device, triton_ops):
-    inputs = inputs_of((130,), 70, 90, torch.float16, device)
+    inputs = inputs_of((70,), 70, 90, torch.float16, device)
     first, second = (output_and_gradients(triton_ops.linear_gelu, inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -151,19 +166,11 @@ def test_only_the_gradients_that_are_asked_for_are_given(ways, device, triton_op
     assert x.grad is None and weight.grad is None and bias.grad is not None
 
 
-@pytest.mark.usefixtures("triton_ops")
-def test_torch_library_finds_the_op_well_formed(ways, device):
-    inputs = [x.requires_grad_() for x in inputs_of((2, 3), 33, 40, torch.float32, device)]
-    torch.library.opcheck(linear_gelu._linear_gelu, (*inputs, "tanh", True))
-    torch.library.opcheck(linear_gelu._linear_gelu, (*(x.detach() for x in inputs), "none", False))
-
-
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_it_compiles_whole(backend, dtype, device, monkeypatch):
+def test_it_compiles_whole(backend, device, monkeypatch):
     force(FUSED, monkeypatch)
     ops = load_ops(backend)
-    inputs = inputs_of((2, 9), 33, 40, dtype, device)
+    inputs = inputs_of((2, 9), 33, 40, torch.float16, device)
 
     def call(x, weight, bias):
         return ops.linear_gelu(torch.nn.functional.relu(x), weight, bias) * 2.0
@@ -200,16 +207,29 @@ def test_checkpointing_changes_no_bit(ways, device, triton_ops):
 def test_every_reason_against_an_input_is_given(device, triton_ops):
     x, weight, bias = inputs_of((2,), 3, 4, torch.float64, device)
     with pytest.raises(UnsupportedInput) as error:
-        triton_ops.linear_gelu(x, weight, bias)
-    assert error.value.reasons == tuple(
-        f"{name} is torch.float64; supported: float32, float16, bfloat16" for name in ("x", "weight", "bias")
+        triton_ops.linear_gelu(x[:0], weight, bias)
+    assert str(error.value) == (
+        "linear_gelu (triton) cannot take this input:\n"
+        "  - x is torch.float64; supported: float32, float16, bfloat16\n"
+        "  - x has shape (0, 3); it needs at least one element\n"
+        "  - weight is torch.float64; supported: float32, float16, bfloat16\n"
+        "  - bias is torch.float64; supported: float32, float16, bfloat16\n"
+        "Set kernels.backend to 'torch' to run it without Triton."
     )
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_every_mistake_in_a_call_is_named(backend, device):
+    x, weight, bias = inputs_of((2,), 3, 4, torch.float64, device)
     with pytest.raises(UnsupportedInput) as error:
-        triton_ops.linear_gelu(x, weight.t().float(), bias, "erf")
-    assert error.value.reasons == (
-        "approximate is 'erf'; it must be 'tanh' or 'none'",
-        "weight is torch.float32 and x torch.float64; they must be of one dtype",
-        "weight has shape (3, 4); x (..., 3) needs (N, 3)",
+        load_ops(backend).linear_gelu(x, weight.t().float(), bias.to("meta"), "erf")
+    assert str(error.value) == (
+        f"linear_gelu ({backend}) cannot take this input:\n"
+        "  - approximate is 'erf'; it must be 'tanh' or 'none'\n"
+        "  - weight is torch.float32 and x torch.float64; they must be of one dtype\n"
+        f"  - bias is on meta and x on {x.device}\n"
+        "  - weight has shape (3, 4); x (..., 3) needs (N, 3)\n"
+        "No backend takes these arguments: correct the call."
     )
-    with pytest.raises(UnsupportedInput, match=r"x has shape \(0, 3\); it needs at least one element"):
-        triton_ops.linear_gelu(x[:0].float(), weight.float(), bias.float())
+    with pytest.raises(UnsupportedInput, match=r"bias has shape \(3,\); weight \(4, 3\) needs \(4,\)"):
+        load_ops(backend).linear_gelu(x, weight, bias[:3])

@@ -1,6 +1,9 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from fastgpt_kernels import reference
+from fastgpt_kernels import Ops, reference
 from torch.autograd import gradcheck
 
 
@@ -8,69 +11,66 @@ def double(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
-def test_attention_has_the_gradient_of_its_finite_differences():
-    assert gradcheck(reference.causal_attention, double(2, 5, 3, 2, 4))
-    assert gradcheck(lambda x: reference.causal_attention(x, scale=0.3, dropout_p=0.4, seed=5), double(1, 6, 3, 2, 3))
+IDS = torch.tensor([[3, 3, 3, 1, 1, 3], [0, 0, 5, 5, 5, 5]])
+LENGTHS = torch.tensor([3, 5])
+TOKENS = torch.tensor([[0, 2, 2], [1, 2, 0]])
+TARGETS = torch.tensor([1, -100, 0, 4])
+Arguments = tuple[tuple[int, ...], ...]  # shapes
+CALLS: dict[str, list[tuple[Callable[..., Any], Arguments]]] = {
+    "causal_attention": [
+        (reference.causal_attention, ((2, 5, 3, 2, 4),)),
+        (lambda x: reference.causal_attention(x, scale=0.3, dropout_p=0.4, seed=5), ((1, 6, 3, 2, 3),)),
+        (lambda x: reference.causal_attention(x, window=2), ((1, 6, 3, 2, 3),)),
+        (lambda x: reference.causal_attention(x, document_ids=IDS), ((2, 6, 3, 1, 3),)),
+        (
+            lambda x: reference.causal_attention(x, window=3, document_ids=IDS, dropout_p=0.2, seed=1),
+            ((2, 6, 3, 1, 3),),
+        ),
+    ],
+    "decode_attention": [
+        (lambda *xs: reference.decode_attention(*xs, LENGTHS), ((2, 2, 3), (2, 2, 5, 3), (2, 2, 5, 3))),
+        (lambda *xs: reference.decode_attention(*xs, LENGTHS, scale=0.3), ((2, 1, 3), (2, 1, 5, 3), (2, 1, 5, 3))),
+    ],
+    "layer_norm": [
+        (reference.layer_norm, ((3, 7), (7,), (7,))),
+        (lambda *xs: reference.layer_norm(*xs, eps=0.5), ((2, 1), (1,), (1,))),
+    ],
+    "add_layer_norm": [
+        (reference.add_layer_norm, ((3, 7), (3, 7), (7,), (7,))),
+        (lambda *xs: reference.add_layer_norm(*xs, 0.5, dropout_p=0.4, seed=3), ((3, 7), (3, 7), (7,), (7,))),
+    ],
+    "gelu": [(lambda x, form=form: reference.gelu(x, form), ((3, 5),)) for form in ("tanh", "none")],
+    "bias_gelu": [(lambda *xs, form=form: reference.bias_gelu(*xs, form), ((3, 5), (5,))) for form in ("tanh", "none")],
+    "linear_gelu": [
+        (lambda *xs, form=form: reference.linear_gelu(*xs, form), ((3, 5), (4, 5), (4,))) for form in ("tanh", "none")
+    ],
+    "embedding": [
+        (lambda *xs: reference.embedding(TOKENS, *xs), ((4, 3), (5, 3))),
+        (lambda *xs: reference.embedding(TOKENS, *xs, dropout_p=0.4, seed=3), ((4, 3), (5, 3))),
+    ],
+    "dropout": [
+        (lambda x: reference.dropout(x, 0.5, 7), ((3, 5),)),
+        (lambda x: reference.dropout(x * 1.0, 0.0, None), ((3, 5),)),
+    ],
+    "dropout_add": [
+        (lambda *xs: reference.dropout_add(*xs, 0.5, 7), ((3, 5), (3, 5))),
+        (lambda *xs: reference.dropout_add(*xs, 0.0, None), ((3, 5), (3, 5))),
+    ],
+    "cross_entropy": [
+        (lambda z, how=how: reference.cross_entropy(z, TARGETS, reduction=how), ((4, 5),))
+        for how in ("mean", "sum", "none")
+    ],
+    "linear_cross_entropy": [
+        (lambda *xs, how=how: reference.linear_cross_entropy(*xs, TARGETS, reduction=how), ((4, 3), (5, 3)))
+        for how in ("mean", "sum", "none")
+    ],
+}
 
 
-def test_banded_and_packed_attention_have_the_gradients_of_their_finite_differences():
-    ids = torch.tensor([[3, 3, 3, 1, 1, 3], [0, 0, 5, 5, 5, 5]])
-    assert gradcheck(lambda x: reference.causal_attention(x, window=2), double(1, 6, 3, 2, 3))
-    assert gradcheck(
-        lambda x: reference.causal_attention(x, window=3, document_ids=ids, dropout_p=0.2, seed=1),
-        double(2, 6, 3, 1, 3),
-    )
-
-
-def test_decoding_has_the_gradient_of_its_finite_differences():
-    lengths = torch.tensor([3, 5])
-    assert gradcheck(
-        lambda q, k, v: reference.decode_attention(q, k, v, lengths),
-        (double(2, 2, 3), double(2, 2, 5, 3), double(2, 2, 5, 3)),
-    )
-
-
-def test_layer_norm_has_the_gradient_of_its_finite_differences():
-    assert gradcheck(reference.layer_norm, (double(3, 7), double(7), double(7)))
-
-
-def test_add_layer_norm_has_the_gradient_of_its_finite_differences():
-    for p in (0.0, 0.4):
-        assert gradcheck(
-            lambda *xs, p=p: reference.add_layer_norm(*xs, dropout_p=p, seed=3),
-            (double(3, 7), double(3, 7), double(7), double(7)),
-        )
-
-
-def test_gelu_has_the_gradient_of_its_finite_differences():
-    for form in ("tanh", "none"):
-        assert gradcheck(lambda x, form=form: reference.gelu(x, form), double(3, 5))
-        assert gradcheck(lambda x, b, form=form: reference.bias_gelu(x, b, form), (double(3, 5), double(5)))
-        assert gradcheck(
-            lambda x, w, b, form=form: reference.linear_gelu(x, w, b, form), (double(3, 5), double(4, 5), double(4))
-        )
-
-
-def test_dropout_has_the_gradient_of_its_finite_differences():
-    assert gradcheck(lambda x: reference.dropout(x, 0.5, 7), double(3, 5))
-    assert gradcheck(lambda x, r: reference.dropout_add(x, r, 0.5, 7), (double(3, 5), double(3, 5)))
-
-
-def test_embedding_has_the_gradient_of_its_finite_differences():
-    tokens = torch.tensor([[0, 2, 2], [1, 2, 0]])
-    for p in (0.0, 0.4):
-        assert gradcheck(
-            lambda *tables, p=p: reference.embedding(tokens, *tables, dropout_p=p, seed=3), (double(4, 3), double(5, 3))
-        )
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy_has_the_gradient_of_its_finite_differences(reduction):
-    targets = torch.tensor([1, -100, 0, 4])
-    assert gradcheck(lambda z: reference.cross_entropy(z, targets, reduction=reduction), double(4, 5))
-    assert gradcheck(
-        lambda x, w: reference.linear_cross_entropy(x, w, targets, reduction=reduction), (double(4, 3), double(5, 3))
-    )
+@pytest.mark.parametrize("operation", Ops._fields[1:])
+def test_each_operation_has_the_gradient_of_its_finite_differences(operation):
+    for call, shapes in CALLS[operation]:
+        assert gradcheck(call, tuple(double(*shape) for shape in shapes))
 
 
 def test_attention_agrees_with_a_loop_over_positions():
@@ -117,3 +117,19 @@ def test_cross_entropy_agrees_with_torch():
         ours = reference.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
         theirs = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
         torch.testing.assert_close(ours, theirs)
+
+
+def test_layer_norm_and_gelu_agree_with_torch():
+    x, weight, bias = double(4, 7).detach(), double(7).detach(), double(7).detach()
+    expected = torch.nn.functional.layer_norm(x, (7,), weight, bias, 0.1)
+    torch.testing.assert_close(reference.layer_norm(x, weight, bias, 0.1), expected)
+    for form in ("tanh", "none"):
+        expected = torch.nn.functional.gelu(x + bias, approximate=form)
+        torch.testing.assert_close(reference.bias_gelu(x, bias, form), expected)
+
+
+def test_dropout_and_a_norm_act_on_the_sum_that_is_returned():
+    x, residual, weight, bias = (double(*shape).detach() for shape in ((4, 7), (4, 7), (7,), (7,)))
+    normed, total = reference.add_layer_norm(x, residual, weight, bias, dropout_p=0.4, seed=3)
+    torch.testing.assert_close(total, residual + reference.dropout(x, 0.4, 3))
+    torch.testing.assert_close(normed, reference.layer_norm(total, weight, bias))

@@ -22,14 +22,21 @@ from fastgpt_kernels.reference import visible
 from fastgpt_kernels.seeds import GAMMA, LANES, lanes_, origin, seed_tensor, seeded_dropout
 from fastgpt_kernels.torch_ops.dropout import BITS
 
-ROWS = 64  # queries of a block
-SCORES = 2**19  # of a block in all its heads, at the most
+ROWS = 128  # queries of a block
+SCORES = 2**20  # of a block in all heads that go together, for each thread
 
 _LOG2E = math.log2(math.e)
 
 
+class _Group(NamedTuple):
+    """Sequences and heads that go together."""
+
+    sequences: slice
+    heads: slice
+
+
 class _Block(NamedTuple):
-    """Queries `first` to `stop` of a sequence, and the keys from `start` on, a multiple of LANES, that they may see."""
+    """Queries `first` to `stop` of each sequence, and the keys from `start` on, a multiple of LANES, that they may see."""
 
     first: int
     stop: int
@@ -37,7 +44,7 @@ class _Block(NamedTuple):
 
 
 class _Plan:
-    """What both directions share: which heads go together, which blocks a sequence has, what is hidden, which mask."""
+    """What both directions share: the groups, their blocks, the scores with what is hidden, the dropout mask, memory."""
 
     def __init__(
         self,
@@ -52,83 +59,107 @@ class _Plan:
         self.scale, self.p, self.window = scale, dropout_p, window
         self.wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         self.narrow = torch.bfloat16 if qkv.dtype == torch.bfloat16 else self.wide
-        self.keep = 1.0 if seed is None else 1.0 / (1.0 - dropout_p)
         self.rows = min(ROWS, self.T)
-        self.heads = min(self.H, max(1, SCORES // (self.rows * self.T or 1)))
-        self.elements = self.heads * self.rows * self.T
+        together = max(1, SCORES * torch.get_num_threads() // max(1, self.rows * self.T))
+        self.heads, self.sequences = min(self.H, together), min(self.B, max(1, together // max(1, self.H)))
+        self.elements = self.sequences * self.heads * self.rows * self.T
         self.future = torch.full((self.rows, self.rows), -math.inf, dtype=self.wide).triu(1)
         self.documents = None if document_ids is None else self._documents(document_ids)
-        self.seed = seed
+        self.keep = 1.0 if seed is None else 1.0 / (1.0 - dropout_p)
         if seed is not None:
-            self.words = -(-self.T // LANES)  # numbers for a row of the mask (B, H, T, T), as `mask_parts` has them
-            self.row_numbers = torch.arange(self.B * self.H * self.T).mul_(self.words).mul_(GAMMA).add_(origin(seed))
-            self.row_numbers = self.row_numbers.view(self.B, self.H, self.T, 1)
-            self.word_numbers = torch.arange(self.words).mul_(GAMMA)
-            self.z, self.spare = torch.empty((2, self.heads * self.rows * self.words), dtype=torch.int64).unbind()
-            bits = BITS[self.narrow.itemsize]
-            self.bits = None if bits == torch.int16 else torch.empty(self.elements, dtype=bits)
+            words = -(-self.T // LANES)  # numbers for a row of the mask (B, H, T, T), as `mask_parts` has them
+            numbers = torch.arange(self.B * self.H * self.T).mul_(words).mul_(GAMMA).add_(origin(seed))
+            self.row_numbers = numbers.view(self.B, self.H, self.T, 1)
+            self.word_numbers = torch.arange(words).mul_(GAMMA)
+            numbers = self.sequences * self.heads * self.rows * words
+            self.z, self.spare = torch.empty((2, numbers), dtype=torch.int64).unbind()
+            self.bits = torch.empty(0 if self.narrow == torch.bfloat16 else self.elements, dtype=BITS[self.wide.itemsize])
 
     def _documents(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T): a small number for each document, and the first position of its own."""
+        """(B, T): a small number for each document, and the first position that has it."""
         values, numbers = torch.unique(ids, return_inverse=True)
         places = numbers + torch.arange(self.B)[:, None] * len(values)
         firsts = torch.full((self.B * len(values),), self.T)
-        positions = torch.arange(self.T).repeat(self.B)
-        firsts.scatter_reduce_(0, places.view(-1), positions, "amin")
+        firsts.scatter_reduce_(0, places.view(-1), torch.arange(self.T).repeat(self.B), "amin")
         return numbers.to(self.wide), firsts[places]
 
-    def heads_of(self) -> Iterator[tuple[int, slice]]:
-        """The sequence and the heads that go together."""
-        for b in range(self.B):
+    def groups(self) -> Iterator[_Group]:
+        """All of B and H, in the parts that go together."""
+        for b in range(0, self.B, self.sequences):
             for head in range(0, self.H, self.heads):
-                yield b, slice(head, min(head + self.heads, self.H))
+                yield _Group(slice(b, min(b + self.sequences, self.B)), slice(head, min(head + self.heads, self.H)))
 
-    def blocks(self, b: int) -> Iterator[_Block]:
-        """The blocks of sequence b."""
+    def blocks(self, group: _Group) -> Iterator[_Block]:
+        """The blocks of a group."""
         for first in range(0, self.T, self.rows):
             stop = min(first + self.rows, self.T)
             start = 0 if self.window is None else max(0, first - self.window + 1)
             if self.documents is not None:
-                start = max(start, int(self.documents[1][b, first:stop].min()))
+                start = max(start, int(self.documents[1][group.sequences, first:stop].min()))
             yield _Block(first, stop, start // LANES * LANES)
 
-    def scores(self, q: Tensor, k: Tensor, b: int, block: _Block, memory: Tensor) -> Tensor:
-        """The scores of a block times log2(e), (heads, rows, keys) in `memory`; -inf where they are hidden."""
+    def scores(self, q: Tensor, k: Tensor, group: _Group, block: _Block, memory: Tensor) -> Tensor:
+        """Those of a block times log2(e) in `memory`, (sequences, heads, rows, keys); -inf where they are hidden.
+
+        q (sequences, heads, rows, D); k (sequences, heads, T, D).
+        """
         first, stop, start = block
         rows, keys = stop - first, stop - start
-        s = _take(memory, len(q), rows, keys)
-        torch.baddbmm(s, q[:, first:stop], k[:, start:stop].mT, beta=0, alpha=self.scale * _LOG2E, out=s)
+        s = take(memory, *q.shape[:3], keys)
+        flat = s.flatten(0, 1)
+        factor = self.scale * _LOG2E
+        torch.baddbmm(flat, q.flatten(0, 1), k.flatten(0, 1)[:, start:stop].mT, beta=0, alpha=factor, out=flat)
         s[..., keys - rows :].add_(self.future[:rows, :rows])
         if self.window is not None and stop - self.window > start:
             i = torch.arange(first, stop)[:, None]
             j = torch.arange(start, stop - self.window)
             s[..., : len(j)].add_(torch.zeros((), dtype=self.wide).where(j > i - self.window, -math.inf))
         if self.documents is not None:
-            number = self.documents[0][b]
-            same = torch.sub(number[first:stop, None], number[start:stop]).eq_(0)
+            number = self.documents[0][group.sequences, None]
+            same = torch.sub(number[..., first:stop, None], number[..., None, start:stop]).eq_(0)
             s.add_(same.reciprocal_().neg_().add_(1))  # 1 - 1/1 = 0, 1 - 1/0 = -inf
         return s
 
-    def kept(self, b: int, heads: slice, block: _Block) -> Tensor:
-        """The dropout mask of a block, (heads, rows, keys): the bits of numbers in the narrow dtype, all or none."""
+    def kept(self, group: _Group, block: _Block) -> Tensor:
+        """The dropout mask of a block, (sequences, heads, rows, keys): all bits of a number of the narrow dtype, or none."""
         first, stop, start = block
-        row_numbers = self.row_numbers[b, heads, first:stop]
+        row_numbers = self.row_numbers[group.sequences, group.heads, first:stop]
         word_numbers = self.word_numbers[start // LANES : -(-stop // LANES)]
-        shape = (*row_numbers.shape[:2], len(word_numbers))
-        z = _take(self.z, *shape)
+        z = take(self.z, *row_numbers.shape[:3], len(word_numbers))
         torch.add(row_numbers, word_numbers, out=z)
-        kept = lanes_(z, _take(self.spare, *shape), self.p)[..., : stop - start]
-        return kept if self.bits is None else _take(self.bits, *kept.shape).copy_(kept)
+        kept = lanes_(z, take(self.spare, *z.shape), self.p)[..., : stop - start]
+        return kept if self.narrow == torch.bfloat16 else copy(kept, self.bits)
+
+    def sequence(self, dtype: torch.dtype) -> Tensor:
+        """Memory for all rows of a group's heads."""
+        return torch.empty(self.sequences * self.heads * self.T * self.D, dtype=dtype)
+
+    def queries(self, dtype: torch.dtype) -> Tensor:
+        """Memory for the rows of a block."""
+        return torch.empty(self.sequences * self.heads * self.rows * self.D, dtype=dtype)
+
+    def operand(self, x: Tensor, block: _Block, memory: Tensor) -> Tensor:
+        """A block's keys of x (sequences, heads, T, D) for a product; in bfloat16 dense, or it would copy them itself.
+
+        It would take fresh memory for that, each time.
+        """
+        keys = x.flatten(0, 1)[:, block.start : block.stop]
+        return keys if self.narrow == self.wide or keys.is_contiguous() else copy(keys, memory)
 
 
-def _take(memory: Tensor, *shape: int) -> Tensor:
-    """A contiguous tensor of this shape at the start of some memory."""
+def take(memory: Tensor, *shape: int) -> Tensor:
+    """A dense tensor of this shape at the start of some memory."""
     return memory[: math.prod(shape)].view(shape)
 
 
-def _drop_(x: Tensor, kept: Tensor) -> Tensor:
+def copy(x: Tensor, memory: Tensor) -> Tensor:
+    """x, dense and in the dtype of some memory, there."""
+    return take(memory, *x.shape).copy_(x)
+
+
+def drop_(x: Tensor, kept: Tensor) -> None:
+    """Clear the bits of all that is not kept."""
     x.view(kept.dtype).bitwise_and_(kept)
-    return x
 
 
 @torch.library.custom_op("fastgpt::attention_in_blocks", mutates_args=())
@@ -142,26 +173,26 @@ def _attention(
         out = qkv.new_empty((B, T, H, D))
         lse = qkv.new_empty((B, H, T, 1), dtype=wide)
         memory = torch.empty(plan.elements, dtype=wide)
-        weights = torch.empty(plan.elements if narrow != wide else 0, dtype=narrow)
-        for b, heads in plan.heads_of():
-            q, k, v = qkv[b, :, :, heads].permute(1, 2, 0, 3)
-            q, k, v = _dense(q, wide), _dense(k, wide), _dense(v, narrow)
-            for block in plan.blocks(b):
-                first, stop, start = block
-                s = plan.scores(q, k, b, block, memory)
+        weights = memory if narrow == wide else torch.empty(plan.elements, dtype=narrow)
+        k_memory, v_memory, keys_memory = plan.sequence(wide), plan.sequence(narrow), plan.sequence(narrow)
+        q_memory, o_memory = plan.queries(wide), plan.queries(narrow)
+        for group in plan.groups():
+            q, k, v = qkv[group.sequences, :, :, group.heads].permute(2, 0, 3, 1, 4)
+            k, v = copy(k, k_memory), copy(v, v_memory)
+            for block in plan.blocks(group):
+                rows = slice(block.first, block.stop)
+                s = plan.scores(copy(q[:, :, rows], q_memory), k, group, block, memory)
                 top = s.amax(-1, keepdim=True)
                 s.sub_(top).exp2_()
                 total = s.sum(-1, keepdim=True)
-                torch.add(top, total.log2(), out=lse[b, heads, first:stop])
+                torch.add(top, total.log2(), out=lse[group.sequences, group.heads, rows])
                 s.mul_(plan.keep / total)
-                p = s if narrow == wide else _take(weights, *s.shape).copy_(s)
+                p = s if narrow == wide else copy(s, weights)
                 if seed is not None:
-                    _drop_(p, plan.kept(b, heads, block))
-                o = out[b, first:stop, heads].transpose(0, 1)
-                if out.dtype == narrow:
-                    torch.bmm(p, v[:, start:stop], out=o)
-                else:
-                    o.copy_(torch.bmm(p, v[:, start:stop]))
+                    drop_(p, plan.kept(group, block))
+                o = take(o_memory, *p.shape[:3], D)
+                torch.bmm(p.flatten(0, 1), plan.operand(v, block, keys_memory), out=o.flatten(0, 1))
+                out[group.sequences, rows, group.heads] = o.transpose(1, 2)
     return out, lse
 
 
@@ -188,42 +219,55 @@ def _attention_backward(
     """The gradient of qkv, which lies in memory as qkv does."""
     with torch.autocast("cpu", enabled=False):
         plan = _Plan(qkv, scale, dropout_p, seed, window, document_ids)
-        T, D, wide, narrow = plan.T, plan.D, plan.wide, plan.narrow
+        wide, narrow = plan.wide, plan.narrow
         dqkv = torch.empty_like(qkv)
         memory = torch.empty(plan.elements, dtype=wide)
-        weights, products, slopes = torch.empty((3, plan.elements), dtype=narrow).unbind()
+        weights = torch.empty(plan.elements, dtype=narrow)
+        # once the weights are rounded, the memory of their scores is free
+        products, slopes = (
+            torch.empty((2, plan.elements), dtype=wide) if narrow == wide else memory.view(narrow).view(2, -1)
+        ).unbind()
+        exact_memory, dk_memory, dv_memory = (plan.sequence(wide) for _ in range(3))
+        k_memory, v_memory, keys_memory = (plan.sequence(narrow) for _ in range(3))
+        q_exact_memory = plan.queries(wide)
+        q_memory, do_memory, dq_memory = (plan.queries(narrow) for _ in range(3))
         factor = scale * plan.keep
-        for b, heads in plan.heads_of():
-            q, k, v = (_dense(x, narrow) for x in qkv[b, :, :, heads].permute(1, 2, 0, 3))
-            q_wide, k_wide = q.to(wide), k.to(wide)
-            do = _dense(dout[b, :, heads].transpose(0, 1), narrow)
-            dq, dk, dv = dqkv[b, :, :, heads].permute(1, 2, 0, 3)
-            dk_sum, dv_sum = torch.zeros((2, *k.shape), dtype=wide).unbind()
-            for block in plan.blocks(b):
-                first, stop, start = block
-                queries, keys = slice(first, stop), slice(start, stop)
-                s = plan.scores(q_wide, k_wide, b, block, memory)
-                s.sub_(lse[b, heads, queries]).exp2_()
-                p = s if narrow == wide else _take(weights, *s.shape).copy_(s)
-                dp, ds = _take(products, *s.shape), _take(slopes, *s.shape)
-                torch.bmm(do[:, queries], v[:, keys].mT, out=dp)
-                kept = None if seed is None else plan.kept(b, heads, block)
+        for group in plan.groups():
+            q, k, v = qkv[group.sequences, :, :, group.heads].permute(2, 0, 3, 1, 4)
+            dq, dk, dv = dqkv[group.sequences, :, :, group.heads].permute(2, 0, 3, 1, 4)
+            do = dout[group.sequences, :, group.heads].transpose(1, 2)
+            k_exact = copy(k, exact_memory)
+            k = k_exact if narrow == wide else copy(k, k_memory)
+            v = copy(v, v_memory)
+            dk_sum, dv_sum = take(dk_memory, *k.shape).zero_(), take(dv_memory, *k.shape).zero_()
+            for block in plan.blocks(group):
+                rows = slice(block.first, block.stop)
+                q_rows, do_rows = copy(q[:, :, rows], q_memory), copy(do[:, :, rows], do_memory).flatten(0, 1)
+                s = plan.scores(
+                    q_rows if narrow == wide else copy(q_rows, q_exact_memory), k_exact, group, block, memory
+                )
+                s.sub_(lse[group.sequences, group.heads, rows]).exp2_()
+                p = s if narrow == wide else copy(s, weights)
+                dp, ds = take(products, *s.shape), take(slopes, *s.shape)
+                torch.bmm(do_rows, plan.operand(v, block, keys_memory).mT, out=dp.flatten(0, 1))
+                kept = None if seed is None else plan.kept(group, block)
                 if kept is not None:
-                    _drop_(dp, kept)
+                    drop_(dp, kept)
                 torch.ops.aten._softmax_backward_data.out(dp, p, -1, narrow, grad_input=ds)
                 if kept is not None:
-                    _drop_(p, kept)
-                if narrow == wide:
-                    torch.baddbmm(dv_sum[:, keys], p.mT, do[:, queries], out=dv_sum[:, keys])
-                    torch.baddbmm(dk_sum[:, keys], ds.mT, q[:, queries], out=dk_sum[:, keys])
-                else:
-                    dv_sum[:, keys].add_(torch.bmm(p.mT, do[:, queries]))
-                    dk_sum[:, keys].add_(torch.bmm(ds.mT, q[:, queries]))
-                o = dq[:, queries]
-                if o.dtype == narrow:
-                    torch.baddbmm(o, ds, k[:, keys], beta=0, alpha=factor, out=o)
-                else:
-                    o.copy_(torch.bmm(ds, k[:, keys]).mul_(factor))
+                    drop_(p, kept)
+                p, ds, flat_q = p.flatten(0, 1), ds.flatten(0, 1), q_rows.flatten(0, 1)
+                for sums, left, right in ((dv_sum, p, do_rows), (dk_sum, ds, flat_q)):
+                    part = sums.flatten(0, 1)[:, block.start : block.stop]
+                    if narrow == wide:
+                        torch.baddbmm(part, left.mT, right, out=part)
+                    else:
+                        part.add_(torch.bmm(left.mT, right, out=take(keys_memory, *part.shape)))
+                dq_rows = take(dq_memory, *flat_q.shape)
+                torch.baddbmm(
+                    dq_rows, ds, plan.operand(k, block, keys_memory), beta=0, alpha=factor, out=dq_rows
+                )
+                dq[:, :, rows] = dq_rows.view(q_rows.shape)
             torch.mul(dk_sum, factor, out=dk)
             torch.mul(dv_sum, plan.keep, out=dv)
     return dqkv
@@ -241,10 +285,6 @@ def _(
     document_ids: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(qkv)
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _setup_context(

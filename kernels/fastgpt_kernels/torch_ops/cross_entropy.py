@@ -22,8 +22,8 @@ from fastgpt_kernels import checks
 from fastgpt_kernels.checks import REMEDY, Reduction
 from fastgpt_kernels.errors import raise_if_any
 
-CHUNK = 2**19  # elements for each thread of a CPU: larger chunks leave its cache, smaller ones cost more calls
-GPU_CHUNK = 2**26  # elements that fill a GPU
+CHUNK = 2**20  # elements for each thread of a CPU: more would leave its cache, fewer would make it wait more often
+GPU_CHUNK = 2**24  # elements that fill a GPU
 
 CONSUMED = (
     "cross_entropy was called with consume=True, and its backward has already overwritten the logits with their "

@@ -103,20 +103,31 @@ def adds_16_bit_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.__version__ >= "2.10"
 
 
+def losses_by_chunks(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The loss of each row; weight is contiguous."""
+    losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    for rows, logits in chunks_of_logits(x, weight):
+        losses[rows] = row_losses(logits, targets[rows], ignore_index)
+    return losses
+
+
+def gradients_by_chunks(
+    x: Tensor, weight: Tensor, targets: Tensor, dlosses: Tensor, ignore_index: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """dx and dW, each empty where it is not needed; weight is contiguous."""
+
+    def overwrite(rows: slice, logits: Tensor) -> None:
+        write_gradient(logits, targets[rows], dlosses[rows], ignore_index, logits)
+
+    return gradients(x, weight, overwrite, need_x, need_weight)
+
+
 @torch.library.custom_op("fastgpt::linear_cross_entropy_by_torch", mutates_args=())
 def _losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     raise_if_any(against_columns(targets, len(weight), ignore_index), "linear_cross_entropy", "torch", REMEDY)
-    return losses_by_chunks(x, weight, targets, ignore_index)
-
-
-def losses_by_chunks(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The loss of each row."""
-    losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
     # a product in a custom op is seen by autocast a second time
     with torch.autocast(x.device.type, enabled=False):
-        for rows, logits in chunks_of_logits(x, weight.contiguous()):
-            losses[rows] = row_losses(logits, targets[rows], ignore_index)
-    return losses
+        return losses_by_chunks(x, weight.contiguous(), targets, ignore_index)
 
 
 @_losses.register_fake
@@ -128,19 +139,8 @@ def _(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
 def _gradients(
     x: Tensor, weight: Tensor, targets: Tensor, dlosses: Tensor, ignore_index: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    return gradients_by_chunks(x, weight, targets, dlosses, ignore_index, need_x, need_weight)
-
-
-def gradients_by_chunks(
-    x: Tensor, weight: Tensor, targets: Tensor, dlosses: Tensor, ignore_index: int, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """dx and dW, each empty where it is not needed."""
-
-    def overwrite(rows: slice, logits: Tensor) -> None:
-        write_gradient(logits, targets[rows], dlosses[rows], ignore_index, logits)
-
     with torch.autocast(x.device.type, enabled=False):
-        return gradients(x, weight.contiguous(), overwrite, need_x, need_weight)
+        return gradients_by_chunks(x, weight.contiguous(), targets, dlosses, ignore_index, need_x, need_weight)
 
 
 @_gradients.register_fake

@@ -1,0 +1,78 @@
+"""Results in rows: one for each operation, case and direction, with the contenders side by side."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+from benchmarks import results
+
+Measurement: TypeAlias = dict[str, Any]
+
+# ours first: the one whose rate and share a row shows is the first that was measured
+CONTENDERS = ("triton", "torch", "eager", "compile", "sdpa-flash", "sdpa-cudnn", "liger")
+
+
+class Row(NamedTuple):
+    """Who was measured in one case and direction."""
+
+    operation: str
+    case: str
+    direction: str
+    by_contender: dict[str, Measurement]
+
+    @property
+    def shown(self) -> Measurement:
+        """The measurement of ours, or of the first there is."""
+        return next(self.by_contender[name] for name in CONTENDERS if name in self.by_contender)
+
+
+def rows_of(measurements: Iterable[Measurement]) -> list[Row]:
+    """In the order in which they were measured."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    for found in measurements:
+        key = found["operation"], found["case"], found["direction"]
+        rows.setdefault(key, Row(*key, {})).by_contender[found["contender"]] = found
+    return list(rows.values())
+
+
+def contenders_of(rows: Iterable[Row]) -> list[str]:
+    """Those that were measured anywhere."""
+    present = {name for row in rows for name in row.by_contender}
+    return [name for name in CONTENDERS if name in present]
+
+
+def rate(found: Measurement) -> str:
+    """A rate with its unit."""
+    word = "FLOP/s" if found["unit"] == "FLOP" else "B/s"
+    scale, prefix = (1e12, "T") if found["rate"] >= 1e12 else (1e9, "G")
+    return f"{found['rate'] / scale:.3g} {prefix}{word}"
+
+
+def milliseconds(found: Measurement | None) -> str:
+    """The median; a star where the host's part is in it, as no CUDA graph could be made."""
+    if found is None:
+        return "-"
+    return f"{1e3 * found['median']:.3g}" + ("*" if "host" in found["timed_by"] else "")
+
+
+def summary(record: results.Record) -> Iterator[str]:
+    """The lines that end a run: a table, the goals, and how each part went."""
+    rows = rows_of(results.measured(record))
+    names = contenders_of(rows)
+    width = max((len(f"{row.operation} {row.case} {row.direction}") for row in rows), default=0)
+    versions = record["environment"]["versions"]
+    yield f"{record['device']}, torch {versions['torch']}, triton {versions['triton']}, commit {record['commit']}"
+    if rows:
+        yield f"{'median, ms':<{width}}" + "".join(f"{name:>11}" for name in names) + f"{'rate':>15} of roof"
+    for row in rows:
+        cells = "".join(f"{milliseconds(row.by_contender.get(name)):>11}" for name in names)
+        name = f"{row.operation} {row.case} {row.direction}"
+        yield f"{name:<{width}}{cells}{rate(row.shown):>15}{row.shown['roof_share']:>8.0%}"
+    for verdict in record["goals"]:
+        if verdict["measured"] is not None:
+            word = "reached" if verdict["reached"] else "NOT REACHED"
+            yield f"{word}: {verdict['goal']}: {verdict['measured']:.3g}, needed {verdict['needed']:.3g}"
+    for name, part in record["parts"].items():
+        counts = ", ".join(f"{number} {what}" for what, number in part["counts"].items())
+        yield f"{name:<10} {part['outcome']}, {part['seconds']:.0f} of {part['limit']:.0f} s; {counts or 'no results'}"
+        for problem in part["problems"][:5]:
+            yield f"  {problem['test']}: {str(problem.get('reason', '')).strip().splitlines()[0][:150]}"

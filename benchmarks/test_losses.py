@@ -1,0 +1,45 @@
+"""Cross-entropy, of logits and of a linear map.
+
+Contenders divide their work differently between forward and backward: only both together compare.
+"""
+
+import pytest
+
+from benchmarks.shapes import LINEAR_LOSSES, LOSSES
+from benchmarks.work import Work, bytes_of
+
+FEW = 128  # rows that are checked
+
+
+@pytest.mark.operation("cross_entropy", cases=LOSSES, directions=("both",))
+def test_cross_entropy(case, contender, draw, draw_integers, check, measure):
+    logits, targets = draw(case.rows, case.V), draw_integers(case.V, case.rows)
+    kept = logits.clone()
+
+    def loss(ops, logits, targets):
+        return ops.cross_entropy(logits, targets, consume=True)
+
+    # each call has logits of its own to consume
+    check(lambda ops, logits, targets: loss(ops, logits * 1.0, targets), logits[:FEW], targets[:FEW])
+    size = bytes_of(logits)
+    work = Work("byte", "read each logit once, and write its gradient once", size, size)
+    measure(loss, logits, targets, work=work, refill=lambda: restore(logits, kept))
+
+
+def restore(logits, kept):
+    logits.copy_(kept)
+
+
+@pytest.mark.operation("linear_cross_entropy", cases=LINEAR_LOSSES, directions=("both",))
+def test_linear_cross_entropy(case, contender, draw, draw_integers, check, measure):
+    x, weight = draw(case.rows, case.N), draw(case.V, case.N) * case.N**-0.5
+    targets = draw_integers(case.V, case.rows)
+
+    def loss(ops, *inputs):
+        return ops.linear_cross_entropy(*inputs)
+
+    check(loss, x[:FEW], weight, targets[:FEW])
+    product = 2 * case.rows * case.N * case.V
+    formula = "2 rows N V; backward: twice that; logits made a second time do not count"
+    work = Work("FLOP", formula, product, 2 * product)
+    measure(loss, x, weight, targets, work=work)

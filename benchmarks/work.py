@@ -1,0 +1,24 @@
+"""What an operation must do at the least, whoever does it: what rates are counted in."""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Work(NamedTuple):
+    """Floating-point operations, or bytes read and written, of each direction, and how they were counted."""
+
+    unit: Literal["FLOP", "byte"]
+    formula: str
+    forward: float
+    backward: float = 0.0
+
+    def of(self, direction: str) -> float:
+        """The work of a direction of `timing.steps`."""
+        both = {"forward": self.forward, "backward": self.backward}
+        return both.get(direction) or sum(both.values())
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    """The size of tensors, were they dense."""
+    return sum(x.numel() * x.element_size() for x in tensors)

@@ -1,0 +1,392 @@
+import importlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastgpt_kernels import UnsupportedInput, cross_entropy, load_ops
+from fastgpt_kernels.testing import assert_as_close_as_torch, output_and_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+# of this name the package holds the function
+torch_file = importlib.import_module("fastgpt_kernels.torch_ops.cross_entropy")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+@pytest.fixture(params=["triton", "torch"])
+def ops(request, device):
+    return load_ops(request.param)
+
+
+@pytest.fixture
+def short_steps(monkeypatch):
+    """The Triton kernels go through a row in steps of 256: short rows then have a first, middle and last one."""
+    monkeypatch.setattr(cross_entropy, "MAX_LANES", 128)
+    monkeypatch.setattr(cross_entropy, "MAX_DEPTH", 2)
+
+
+def logits_and_targets(rows, V, dtype=torch.float32, device="cpu", ignored=0.3):
+    logits, targets = (4.0 * torch.randn(rows, V)).to(device, dtype), torch.randint(V, (rows,))
+    hidden = torch.rand(rows) < ignored
+    hidden[0] = False
+    return logits, targets.masked_fill(hidden, -100).to(device)
+
+
+def gradient_of(ops, logits, targets, dloss=1.0, **options):
+    """The gradient of logits that somebody else made, and these logits as the backward left them."""
+    leaf = logits.detach().requires_grad_()
+    made = leaf * 1.0
+    loss = ops.cross_entropy(made, targets, **options)
+    (gradient,) = torch.autograd.grad(loss, made, torch.full_like(loss, dloss))
+    return gradient, made.detach()
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (3, 700), pytest.param((300, 50257), marks=pytest.mark.gpu)])
+@pytest.mark.usefixtures("short_steps")
+def test_it_is_as_close_to_the_mathematics_as_torch(shape, dtype, reduction, consume, device, ops):
+    def call(ops, logits, targets):
+        return ops.cross_entropy(logits * 1.0, targets, reduction=reduction, consume=consume)
+
+    assert_as_close_as_torch(call, *logits_and_targets(*shape, dtype, device), ops=ops)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_so_for_the_vocabulary_of_gpt_2(dtype, device, ops):
+    logits, targets = logits_and_targets(3, 50257, dtype, device)
+    assert_as_close_as_torch(lambda ops, z, t: ops.cross_entropy(z, t), logits, targets, ops=ops)
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0), (3, 4), (8, 0), (0, 12)])
+@pytest.mark.usefixtures("short_steps")
+def test_rows_may_be_any_distance_apart(before, after, dtype, consume, device, ops):
+    V = 700
+    whole, targets = logits_and_targets(6, before + V + after, dtype, device)
+    targets = targets.clamp(max=V - 1)
+    logits = whole[:, before : before + V].detach().requires_grad_()
+    untouched = whole.clone()
+    assert_as_close_as_torch(lambda ops, z, t: ops.cross_entropy(z, t), logits, targets, ops=ops)
+    assert torch.equal(whole, untouched)
+    (gradient,) = torch.autograd.grad(ops.cross_entropy(logits, targets, consume=consume), logits)
+    expected = untouched.clone()
+    if consume:
+        assert gradient.data_ptr() == logits.data_ptr()
+        expected[:, before : before + V] = gradient
+    assert torch.equal(whole, expected)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every second column", "one row for all"])
+def test_other_layouts_are_copied_and_left_alone(layout, device, ops):
+    whole = torch.randn(6, 40, device=device)
+    logits = {"transposed": whole.t(), "every second column": whole[:, ::2], "one row for all": whole[:1].expand(9, -1)}
+    logits = logits[layout]
+    targets = torch.arange(len(logits), device=device) % logits.shape[1]
+    before = whole.clone()
+    assert_as_close_as_torch(lambda ops, z, t: ops.cross_entropy(z, t, consume=True), logits, targets, ops=ops)
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("short_steps")
+def test_consumed_logits_hold_the_gradient_and_no_bit_of_it_is_another(dtype, device, ops):
+    logits, targets = logits_and_targets(6, 700, dtype, device)
+    kept, unchanged = gradient_of(ops, logits, targets, consume=False)
+    written, overwritten = gradient_of(ops, logits, targets, consume=True)
+    assert torch.equal(kept, written)
+    assert torch.equal(unchanged, logits) and kept.data_ptr() != unchanged.data_ptr()
+    assert written.data_ptr() == overwritten.data_ptr()
+
+
+def test_without_a_backward_nothing_is_consumed(device, ops):
+    logits, targets = logits_and_targets(6, 40, device=device)
+    before = logits.clone()
+    with torch.no_grad():
+        ops.cross_entropy(logits.requires_grad_(), targets, consume=True)
+    ops.cross_entropy(logits, targets, consume=True)
+    assert torch.equal(logits, before)
+
+
+def test_consumed_logits_have_no_second_gradient(device, ops):
+    logits, targets = logits_and_targets(6, 40, device=device)
+    logits.requires_grad_()
+    loss = ops.cross_entropy(logits * 1.0, targets, consume=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward needs consume=False"):
+        loss.backward()
+    loss = ops.cross_entropy(logits * 1.0, targets)
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_logits_that_another_gradient_needs_are_not_consumed_unnoticed(device, ops):
+    logits, targets = logits_and_targets(6, 40, device=device)
+    capped = logits.requires_grad_().tanh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ops.cross_entropy(capped, targets, consume=True).backward()
+
+
+@pytest.mark.parametrize("rows", [64, pytest.param(8192, marks=pytest.mark.gpu)])
+def test_a_loss_scale_acts_before_float16_rounds(rows, device, ops):
+    logits, targets = logits_and_targets(rows, 300, torch.float16, device, ignored=0.0)
+    # as if these were a few of 8,192 rows: unscaled, most gradients are below the smallest float16
+    scale = 2.0**15 * rows / 8192
+    exact, _ = gradient_of(load_ops("reference"), logits.double(), targets, scale)
+    for consume in (False, True):
+        gradient, _ = gradient_of(ops, logits, targets, scale, consume=consume)
+        finest = torch.finfo(torch.float16).smallest_normal
+        error = (gradient.double() - exact).abs()
+        assert (error <= torch.finfo(torch.float16).eps * exact.abs().clamp(min=finest)).all()
+    assert (exact / 2.0**15).abs().half().eq(0).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 2])
+def test_a_target_that_is_ignored_does_not_count(ignore_index, device, ops):
+    logits, targets = logits_and_targets(7, 5, device=device, ignored=0.0)
+    targets[1::2] = ignore_index
+    counts = targets != ignore_index
+    for reduction in REDUCTIONS:
+        loss = ops.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+        expected = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+        torch.testing.assert_close(loss, expected)
+    gradient, _ = gradient_of(ops, logits, targets, ignore_index=ignore_index, consume=True)
+    assert not gradient[~counts].any() and gradient[counts].all()
+
+
+def test_where_no_target_counts_the_sum_is_zero_and_the_mean_is_nan(device, ops):
+    logits, targets = logits_and_targets(7, 5, device=device)
+    targets.fill_(-100)
+    for reduction, expected in (("none", torch.zeros(7)), ("sum", torch.tensor(0.0)), ("mean", torch.tensor(math.nan))):
+        loss = ops.cross_entropy(logits, targets, reduction=reduction)
+        assert torch.equal(loss.cpu().nan_to_num(9.0), expected.nan_to_num(9.0))
+        gradient, _ = gradient_of(ops, logits, targets, reduction=reduction)
+        assert not gradient.any()
+
+
+def test_an_ignored_row_may_hold_anything(device, triton_ops):
+    logits, targets = logits_and_targets(4, 300, device=device, ignored=0.0)
+    targets[1:3] = -100
+    logits[1], logits[2] = math.nan, math.inf
+    assert triton_ops.cross_entropy(logits, targets).isfinite()
+    gradient, _ = gradient_of(triton_ops, logits, targets)
+    assert gradient.isfinite().all() and not gradient[1:3].any()
+
+
+@pytest.mark.usefixtures("short_steps")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, in the interpreter
+def test_infinite_logits_give_what_torch_gives(device, ops):
+    logits, targets = logits_and_targets(7, 700, device=device, ignored=0.0)
+    logits[0, 100:600] = -math.inf  # a whole step, and lanes that never see a number
+    targets[0] = 3
+    logits[1, targets[1]] = -math.inf
+    logits[2] = -math.inf
+    logits[3, 5] = math.inf
+    logits[4, 5] = math.nan
+    logits[5, 1:] = -math.inf
+    targets[5] = 0
+    results = []
+    for call in (ops.cross_entropy, F.cross_entropy):
+        leaf = logits.clone().requires_grad_()
+        losses = call(leaf, targets, reduction="none")
+        results.append((losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert results[0][0][5] == 0.0 and results[0][0][1] == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("offset", [-3e4, 1e4])
+def test_large_logits_lose_no_digits(offset, dtype, device, ops):
+    logits, targets = logits_and_targets(6, 300, dtype, device)
+    logits += offset
+    assert_as_close_as_torch(lambda ops, z, t: ops.cross_entropy(z, t, reduction="none"), logits, targets, ops=ops)
+    logits, targets = logits_and_targets(6, 300, dtype, device)
+    assert_as_close_as_torch(lambda ops, z, t: ops.cross_entropy(z, t), logits * 1e3, targets, ops=ops)
+
+
+def test_a_target_that_is_no_column_makes_its_row_nan(device, triton_ops):
+    logits, targets = logits_and_targets(5, 40, device=device, ignored=0.0)
+    for wrong in (40, -1, 2**40 + 3, -(2**63)):
+        targets[2] = wrong
+        losses = triton_ops.cross_entropy(logits, targets, reduction="none")
+        gradient, _ = gradient_of(triton_ops, logits, targets, reduction="none")
+        assert losses.isnan().tolist() == [False, False, True, False, False]
+        assert gradient.isnan().all(1).tolist() == losses.isnan().tolist() == gradient.isnan().any(1).tolist()
+
+
+def test_on_a_cpu_the_torch_backend_refuses_a_target_that_is_no_column():
+    logits, targets = logits_and_targets(5, 40, ignored=0.0)
+    targets[2] = 40
+    with pytest.raises(UnsupportedInput, match=r"targets has 40; with V = 40 columns it must be from 0 to 39"):
+        load_ops("torch").cross_entropy(logits, targets)
+    targets[2] = -1
+    load_ops("torch").cross_entropy(logits, targets, ignore_index=-1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    V=st.integers(1, 300),
+    shift=st.floats(-100.0, 100.0),
+    backend=st.sampled_from(["triton", "torch"]),
+)
+def test_a_constant_added_to_a_row_changes_nothing(rows, V, shift, backend):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ops = load_ops(backend)
+    logits, targets = logits_and_targets(rows, V, device=device)
+    # in steps of 2^-8 the sums are exact
+    logits, shift = (logits * 256).round() / 256, round(shift * 256) / 256
+    for call in (lambda z: ops.cross_entropy(z, targets), lambda z: gradient_of(ops, z, targets)[0]):
+        torch.testing.assert_close(call(logits + shift), call(logits), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 4), V=st.integers(2, 300), backend=st.sampled_from(["triton", "torch"]))
+def test_a_row_of_the_gradient_sums_to_zero_and_only_its_target_is_negative(rows, V, backend):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits, targets = logits_and_targets(rows, V, device=device)
+    gradient, _ = gradient_of(load_ops(backend), logits, targets, reduction="sum")
+    assert gradient.sum(1).abs().max() < 1e-5
+    negative = [(row, column) for row, column in enumerate(targets.tolist()) if column != -100]
+    assert (gradient < 0).nonzero().tolist() == [list(place) for place in negative]
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_a_repeat_gives_the_same_bits(device, ops):
+    logits, targets = logits_and_targets(40, 700, torch.float16, device)
+    first, second = (
+        output_and_gradients(lambda z: ops.cross_entropy(z * 1.0, targets, consume=True), [logits]) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("triton_ops")
+@pytest.mark.parametrize("stride", [40, 43])
+def test_torch_library_finds_the_ops_well_formed(stride, device):
+    whole, targets = logits_and_targets(3, stride, device=device)
+    logits, targets = whole[:, :40], targets.clamp(max=39)
+    losses, statistics = cross_entropy._cross_entropy(logits, targets, -100, False)
+    for operation, kept in (
+        (cross_entropy._gradient, (statistics,)),
+        (cross_entropy._overwrite, (statistics,)),
+        (torch_file._gradient, ()),
+        (torch_file._overwrite, ()),
+    ):
+        torch.library.opcheck(operation, (logits, targets, *kept, losses, -100))
+    for consume in (False, True):
+        for operation in (cross_entropy._cross_entropy, torch_file._losses):
+            torch.library.opcheck(operation, (logits.detach().requires_grad_(), targets, -100, consume))
+    for operation, kept in ((cross_entropy._gradient, (statistics,)), (torch_file._gradient, ())):
+        torch.library.opcheck(operation, (torch.randn(40, 3, device=device).t(), targets, *kept, losses, -100))
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_it_compiles_whole_with_the_layer_that_makes_the_logits(reduction, consume, device, ops):
+    torch.compiler.reset()  # the function of another parameter has the same code, and so many may it have
+    x, weight = torch.randn(2, 3, 16, device=device), torch.randn(40, 16, device=device)
+    targets = torch.randint(40, (6,), device=device)
+
+    def call(x, weight):
+        logits = F.linear(F.relu(x), weight)
+        return ops.cross_entropy(logits.flatten(0, 1), targets, reduction=reduction, consume=consume) * 2.0
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(
+        output_and_gradients(compiled, [x, weight]), output_and_gradients(call, [x, weight]), strict=True
+    ):
+        assert torch.equal(ours, eager)
+
+
+def test_checkpointing_changes_no_bit(device, ops):
+    x, weight = torch.randn(6, 16, device=device), torch.randn(40, 16, device=device)
+    targets = torch.randint(40, (6,), device=device)
+
+    def call(x, weight):
+        return ops.cross_entropy(F.linear(x, weight), targets, consume=True)
+
+    def recomputed(*inputs):
+        return torch.utils.checkpoint.checkpoint(call, *inputs, use_reentrant=False)
+
+    plain, again = (output_and_gradients(how, [x, weight]) for how in (call, recomputed))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_under_autocast_the_logits_keep_their_16_bits(device, ops):
+    x, weight = torch.randn(6, 16, device=device), torch.randn(40, 16, device=device).requires_grad_()
+    targets = torch.randint(40, (6,), device=device)
+    with torch.autocast(device, torch.bfloat16):
+        logits = F.linear(x, weight)
+        loss = ops.cross_entropy(logits, targets, consume=True)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert torch.equal(loss, ops.cross_entropy(logits, targets))
+    loss.backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_every_reason_against_an_input_is_given(device, triton_ops):
+    targets = torch.zeros(3, dtype=torch.int32, device=device)
+    with pytest.raises(UnsupportedInput) as error:
+        triton_ops.cross_entropy(torch.zeros(2, 4, dtype=torch.int64, device=device), targets, reduction="max")
+    assert error.value.reasons == (
+        "logits is torch.int64; it must be a floating-point tensor",
+        "reduction is 'max'; it must be 'mean', 'sum' or 'none'",
+        "targets are torch.int32; they must be int64",
+        "targets has shape (3,); logits (2, 4) needs (2,)",
+    )
+    with pytest.raises(UnsupportedInput) as error:
+        triton_ops.cross_entropy(torch.zeros(0, 4, dtype=torch.float64, device=device), targets[:0].long())
+    assert error.value.reasons == (
+        "logits is torch.float64; supported: float32, float16, bfloat16",
+        "logits has shape (0, 4); it needs at least one element",
+    )
+    with pytest.raises(UnsupportedInput, match=r"logits has shape \(3, 0\); it must be \(rows, V\)"):
+        triton_ops.cross_entropy(torch.zeros(3, 0, device=device), targets.long())
+
+
+@pytest.mark.gpu
+def test_rows_beyond_two_billion_elements_are_reached(device, triton_ops):
+    logits = torch.zeros(45_000, 50_257, dtype=torch.bfloat16, device=device)
+    logits[-1, 7] = 20.0
+    targets = torch.full((45_000,), 7, device=device)
+    losses = triton_ops.cross_entropy(logits.requires_grad_(), targets, reduction="none", consume=True)
+    assert losses[-1] < 1e-3 < losses[-2]
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    assert gradient[-1].abs().max() < 1e-3 and gradient[-2, 7] < -0.99
+
+
+def test_the_torch_backend_s_result_depends_on_neither_chunks_nor_threads(monkeypatch):
+    logits, targets = logits_and_targets(23, 40_001, torch.bfloat16)
+    threads = torch.get_num_threads()
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        try:
+            for chunk, count in ((2**19, 2), (1, 1), (1, 3), (100_000, 2)):
+                monkeypatch.setattr(torch_file, "CHUNK", chunk)
+                torch.set_num_threads(count)
+                call = lambda z: load_ops("torch").cross_entropy(z * 1.0, targets, reduction="none", consume=True)  # noqa: E731
+                results.append(output_and_gradients(call, [logits.to(dtype)]))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+        results.clear()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_torch_backend_takes_float64_and_no_rows(reduction):
+    ops = load_ops("torch")
+    logits, targets = logits_and_targets(5, 7, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda z: ops.cross_entropy(z, targets, reduction=reduction), logits.requires_grad_()
+    )
+    nothing = torch.zeros(0, 7, requires_grad=True)
+    loss = ops.cross_entropy(nothing, targets[:0], reduction=reduction, consume=True)
+    loss.sum().backward()
+    assert nothing.grad.shape == (0, 7)
+    assert {"none": loss.shape == (0,), "sum": bool(loss.sum() == 0), "mean": bool(loss.isnan().all())}[reduction]

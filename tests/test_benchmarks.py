@@ -1,0 +1,363 @@
+"""The benchmarks and the command of the GPU's turn, at toy size: that each part measures, checks, and loses nothing."""
+
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastgpt_kernels import Ops
+
+from benchmarks import contenders, goals, gpu, report, results, sanitizer, sanitizer_case, shapes, timing
+from benchmarks.gpu import Part
+
+ROOT = Path(__file__).parents[1]
+OPERATIONS = {*Ops._fields[1:], "adamw", "grad_norm"}
+# as the names of README.md's table of models
+PARAMETERS = {"gpt2-124m": 124_439_808, "gpt2-355m": 354_823_168, "gpt2-774m": 774_030_080, "gpt2-1558m": 1_557_611_200}
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU measures instead of showing that it would")
+
+
+@pytest.fixture(scope="module")
+def toys(command, tmp_path_factory):
+    """The lines of all suites at toy size."""
+    path = tmp_path_factory.mktemp("toys") / "lines.jsonl"
+    suites = [
+        f"benchmarks/test_{n}.py" for n in ("attention", "norms", "gelu", "dropout", "embedding", "losses", "optimizer")
+    ]
+    options = ["-n", "0", "-q", "--benchmark-enable", "--benchmark-quiet", "--scale", "toy"]
+    done = command(sys.executable, "-m", "pytest", *options, "-p", "benchmarks.lines", "--lines", path, *suites)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return results.lines_of(path)
+
+
+@on_a_cpu
+def test_every_operation_is_measured_by_both_who_can_run_on_a_cpu(toys):
+    measured = {(line["operation"], line["contender"]) for line in toys if "median" in line}
+    assert measured == {(operation, name) for operation in OPERATIONS for name in ("torch", "eager")}
+
+
+@on_a_cpu
+def test_a_measurement_says_how_it_was_made_and_what_follows_from_it(toys):
+    for line in (line for line in toys if "median" in line):
+        assert line["numbers"] == "as close as PyTorch"
+        assert line["rate"] == line["work"] / line["median"] and line["roof_share"] == line["rate"] / line["roof"]
+        assert line["roof"] == line["session"]["gemm" if line["unit"] == "FLOP" else "copy"]
+        assert line["formula"] and line["timed_by"] == "calls" and line["min"] <= line["median"] and line["iqr"] >= 0
+
+
+@on_a_cpu
+def test_who_cannot_run_on_a_cpu_says_why(toys):
+    reasons = {(line["contender"], line["reason"]) for line in toys if line["outcome"] == "skipped"}
+    needs = {(name, "it needs a GPU") for name in ("sdpa-flash", "sdpa-cudnn", "liger")}
+    assert reasons == needs | {("triton", "on a CPU its kernels run in the interpreter")}
+
+
+def test_the_work_of_attention_is_that_of_the_positions_that_see_each_other(toys):
+    work = {(line["case"], line["direction"]): line["work"] for line in toys if "work" in line}
+    B, T, H, D = shapes.ATTENTION["toy"]["toy"][:4]
+    windowed = sum(min(i + 1, 7) for i in range(T))
+    for case, pairs in (("toy", T * (T + 1) // 2), ("toy window 7", windowed), ("toy 3 documents", 3 * 16 * 17 // 2)):
+        assert work[case, "forward"] == 4 * B * H * D * pairs
+        assert work[case, "backward"] == 2.5 * work[case, "forward"]
+        assert work[case, "both"] == 3.5 * work[case, "forward"]
+
+
+@pytest.mark.slow
+@on_a_cpu
+def test_what_torch_compiles_is_measured_as_well(command, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    options = ["-n", "0", "--benchmark-enable", "--scale", "toy", "--contenders", "compile"]
+    options += ["-p", "benchmarks.lines", "--lines", path]
+    done = command(sys.executable, "-m", "pytest", *options, "benchmarks/test_gelu.py", "-k", "test_gelu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line["direction"] for line in results.lines_of(path) if "median" in line} == {"forward", "backward"}
+
+
+@on_a_cpu
+def test_the_command_writes_what_each_part_found(command, tmp_path):
+    parts = ["--parts", "sanitizer", "losses", "--seconds", "240"]
+    done = command(sys.executable, "-m", "benchmarks.gpu", *parts, "--out", tmp_path, "--commit", "abc1234")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.iterdir()
+    record = results.read(path)
+    assert path.name == results.file_name(record["device"] + " toy", record["date"], "abc1234")
+    assert record["environment"]["versions"]["torch"] == torch.__version__ and record["environment"]["load"]
+    losses = record["parts"]["losses"]
+    assert losses["outcome"] == "passed" and losses["session"]["copy"] > 0
+    assert {row["operation"] for row in losses["benchmarks"]} == {"cross_entropy", "linear_cross_entropy"}
+    assert record["parts"]["sanitizer"]["outcome"] == "not measured: compute-sanitizer not found"
+    *_, table, _, losses_line, last = done.stdout.strip().splitlines()
+    assert "linear_cross_entropy toy both" in table and "passed" in losses_line and last == f"results: {path}"
+
+
+@pytest.mark.slow
+@on_a_cpu
+def test_the_whole_command_passes(command, tmp_path):
+    done = command(sys.executable, "-m", "benchmarks.gpu", "--out", tmp_path, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = results.read(next(tmp_path.iterdir()))
+    assert list(record["parts"]) == [part.name for part in gpu.parts_for("toy", None)]
+    assert {row["operation"] for row in results.measured(record)} == OPERATIONS
+
+
+def part(name, program, share=1.0):
+    """A part that runs a program, which knows its file and its end as sys.argv[1:]."""
+    return Part(name, share, (sys.executable, "-c", f"import json, os, sys, time\n{program}", gpu.LINES, gpu.UNTIL))
+
+
+WRITE = "open(sys.argv[1], 'a').write(json.dumps({'test': 'a', 'outcome': 'passed'}) + '\\n'); "
+BLANK = {"format": results.FORMAT, "scale": "toy", "environment": {"versions": {}}}
+
+
+def record_of(**parts):
+    return BLANK | {"parts": parts}
+
+
+def test_a_part_that_fails_or_hangs_fails_the_command_and_leaves_what_others_found(tmp_path):
+    path = tmp_path / "results.json"
+    parts = [
+        part("good", WRITE),
+        part("broken", WRITE + "sys.exit(3)", share=2.0),
+        part("hanging", WRITE + "time.sleep(100)", share=0.4),
+        part("silent", ""),
+        part("last", WRITE),
+    ]
+    assert not gpu.run(parts, 30.0, path, record_of())
+    found = results.read(path)["parts"]
+    assert [found[p.name]["outcome"].partition(" after")[0] for p in parts] == [
+        "passed",
+        "failed with exit code 3",
+        "stopped",
+        "failed: nothing ran",
+        "passed",
+    ]
+    assert all(found[name]["counts"] == {"passed": 1} for name in ("good", "broken", "hanging", "last"))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+    assert gpu.run([part("broken", WRITE)], 20.0, path, results.read(path))
+    assert list(results.read(path)["parts"]) == ["good", "hanging", "silent", "last", "broken"]
+
+
+def test_a_command_that_is_cut_short_has_written_what_was_found_and_leaves_no_process(tmp_path):
+    path, number = tmp_path / "results.json", tmp_path / "pid"
+    program = f"open({str(number)!r}, 'w').write(str(os.getpid())); {WRITE}time.sleep(100)"
+    written = []
+
+    def cut_short(found):
+        results.write(path, record_of(hanging=found))
+        written.append(found["counts"])
+        if found["counts"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_part(part("hanging", program), 60.0, cut_short)
+    (found,) = results.read(path)["parts"].values()
+    assert found["counts"] == {"passed": 1} and found["outcome"] == "stopped with the command"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
+
+
+def test_tests_that_would_begin_too_late_are_told_of(command, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    options = ["-n", "0", "-p", "benchmarks.lines", "--lines", path, "--until", time.time()]
+    done = command(sys.executable, "-m", "pytest", *options, "benchmarks/test_norms.py", "--scale", "toy")
+    found = results.part_of(results.lines_of(path))
+    assert done.returncode == 0 and list(found["counts"]) == ["no time left"]
+    outcome = gpu.outcome_of(0, 7.0, found)
+    assert outcome.startswith("out of time") and not gpu.ended_well(outcome)
+
+
+def test_a_results_file_survives_its_own_text(tmp_path):
+    path = tmp_path / "results.json"
+    record = record_of(a={"benchmarks": [{"x": '"row 1"'}, {"x": math.inf}]}, b={"benchmarks": [{"y": "row 0"}]})
+    results.write(path, record)
+    assert results.read(path) == record
+    path.write_text('{"format": "of another"}')
+    assert results.read(path) is None
+
+
+@on_a_cpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter, for lanes that do not count
+@pytest.mark.parametrize("name", sanitizer_case.CASES)
+def test_what_the_sanitizer_looks_at_runs(name):
+    sanitizer_case.run(name)
+
+
+def test_every_operation_with_kernels_is_looked_at_by_the_sanitizer():
+    assert list(sanitizer_case.CASES) == sanitizer.case_names()
+    assert {"linear_gelu_fused", "adamw", "gradient_norm", *Ops._fields[1:]} == {*sanitizer_case.CASES, "linear_gelu"}
+    assert {"forward_kernel", "_dropout_kernel", "_update_kernel"} <= set(sanitizer.kernel_names())
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(0, "passed"), (99, "failed"), (1, "failed")])
+def test_the_sanitizer_is_asked_of_our_kernels_only_and_its_answer_kept(code, outcome, tmp_path):
+    program = tmp_path / "compute-sanitizer"
+    asked = tmp_path / "asked"
+    echo = f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" | tee {asked}'
+    program.write_text(f"#!/bin/sh
+{echo}
+exit {code}
+")
+    program.chmod(0o755)
+    line = sanitizer.sanitize(str(program), "racecheck", "gelu", time.time() + 60)
+    assert line["test"] == "racecheck gelu" and line["outcome"] == outcome
+    assert asked.read_text().startswith("1 --tool racecheck")
+    assert "--kernel-name kns=_gelu_forward_kernel" in asked.read_text()
+    if code:
+        assert ("found errors" in line["reason"]) == (code == 99) and "1 --tool" in line["reason"]
+    assert sanitizer.sanitize(str(program), "memcheck", "gelu", time.time() - 1)["reason"] == "no time left"
+
+
+def row(operation, case, direction, contender, median, rate=1.0, share=1.0, unit="byte"):
+    return {
+        "operation": operation, "case": case, "direction": direction, "contender": contender, "median": median,
+        "iqr": 0.0, "rate": rate, "roof_share": share, "unit": unit, "formula": "as counted", "timed_by": "CUDA graph",
+    }  # fmt: skip
+
+
+def test_goals_are_reached_missed_or_not_measured():
+    case = "gpt2-124m T=1024"
+    rows = [
+        row("causal_attention", case, "forward", "triton", 1.0, rate=321e12, unit="FLOP"),
+        row("causal_attention", case, "forward", "sdpa-flash", 1.05),
+        row("layer_norm", "gpt2-124m", "forward", "triton", 1.0, share=0.84),
+    ]
+    verdicts = {verdict["goal"]: verdict["reached"] for verdict in goals.judge(rows)}
+    assert verdicts[f"causal_attention {case} forward: TFLOP/s"] is True
+    assert verdicts[f"causal_attention {case} forward: times as fast as SDPA flash"] is False
+    assert verdicts[f"causal_attention {case} forward: times as fast as SDPA cuDNN"] is None
+    assert verdicts["layer_norm gpt2-124m forward: of copy bandwidth"] is False
+
+
+def test_every_goal_is_of_a_case_that_is_measured():
+    cases = {
+        "causal_attention": shapes.ATTENTION, "layer_norm": shapes.NORMS, "add_layer_norm": shapes.ADDED_NORMS,
+        "bias_gelu": shapes.MLPS, "cross_entropy": shapes.LOSSES, "adamw": shapes.MODELS,
+    }  # fmt: skip
+    for goal in goals.goals():
+        assert goal.case in cases[goal.operation]["gpu"]
+        if goal.other:
+            name, case = goal.other
+            assert contenders.offers(name, goal.operation) and case in cases[goal.operation]["gpu"]
+
+
+def test_the_page_of_results_is_what_the_files_say():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert page == report.page(results.read_all(ROOT / "benchmarks" / "results")), "run python -m benchmarks.report"
+
+
+def test_the_page_shows_the_newest_of_each_part_and_no_toys():
+    session = {"gemm": 7e14, "copy": 4e12, "dtype": "bfloat16", "clocks": {}, "load": [0.5]}
+    versions = {"torch": "2", "triton": "3"}
+
+    def of(commit, scale="gpu", **parts):
+        about = {"scale": scale, "kind": "gpu", "device": "A GPU", "commit": commit}
+        common = {"outcome": "passed", "started": "then", "session": session}
+        filled = {name: common | {"benchmarks": rows} for name, rows in parts.items()}
+        return record_of(**filled) | about | {"environment": {"versions": versions}}
+
+    norm = ("layer_norm", "gpt2-124m", "forward", "triton")
+    page = report.page(
+        [
+            of("old", norms=[row(*norm, 1e-3)], losses=[row("cross_entropy", "gpt2", "both", "triton", 5e-3)]),
+            of("new", norms=[row(*norm, 2e-3, rate=3e12, share=0.9)]),
+            of("toy", scale="toy", norms=[row(*norm, 9e-3)]),
+        ]
+    )
+    assert "| gpt2-124m | forward | 2 ± 0 | 3 TB/s | 90% |" in page and "| 5 ± 0 |" in page and "| 9 " not in page
+    assert "| norms | passed | new |" in page and "| losses | passed | old |" in page and "| toy |" not in page
+    assert "not measured" in report.page([of("toy", scale="toy")])
+
+
+@pytest.mark.parametrize("name", shapes.GPT2)
+def test_the_optimizer_is_measured_on_the_parameters_of_a_gpt2(name):
+    assert sum(math.prod(shape) for shape in shapes.parameter_shapes(shapes.GPT2[name], "gpu")) == PARAMETERS[name]
+
+
+def test_a_backend_of_sdpa_attends_as_eager_does():
+    qkv = torch.randn(2, 33, 3, 2, 16)
+    flash = contenders.sdpa(contenders.SDPA["sdpa-flash"])
+    torch.testing.assert_close(flash.attend(*qkv.unbind(2)), contenders.EAGER.causal_attention(qkv))
+    with pytest.raises(contenders.Unavailable):
+        flash.attend(*qkv.unbind(2), window=3)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("direction", ["forward", "backward", "both", "call"])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_round_on_a_gpu_is_one_graph_over_inputs_that_sweep_the_cache(direction, waits, monkeypatch):
+    """With a GPU of which every call does nothing but what is asked of it on the host."""
+    x = torch.randn(64, 16)
+    modes, captured, used = [], [], []
+
+    def call(x):
+        used.append(x.data_ptr())
+        if waits and modes[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing operation\nand more")
+        return x * 2.0
+
+    class Graph:
+        replay = captured.clear
+
+    class Capture(nullcontext):
+        def __exit__(self, *_):
+            captured.extend(used)
+
+        def __enter__(self):
+            used.clear()
+
+    fake = {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: None,
+        "stream": nullcontext,
+        "CUDAGraph": Graph,
+        "graph": lambda graph, stream: Capture(),
+        # three sets of inputs sweep a cache of that size
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=x.untyped_storage().nbytes() * 5 // 8),
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 356,
+        "set_sync_debug_mode": modes.append,
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    prepared = timing.prepare(call, [x], direction, "cuda", "gpu", None)
+    assert prepared.peak_bytes == 256 and prepared.calls % 3 == 0 and len(prepared.held) == 3
+    assert modes == ["error", "default"]
+    if waits and direction != "backward":
+        assert prepared.timed_by.endswith("RuntimeError: called a synchronizing operation")
+        used.clear()
+        prepared.run()
+        assert len(used) == prepared.calls and len(set(used)) == 3
+    else:
+        assert prepared.timed_by == "CUDA graph" and prepared.run == captured.clear
+        # a backward alone runs no forward
+        assert len(captured) == (0 if direction == "backward" else prepared.calls)
+
+
+def test_what_a_call_destroys_is_restored_before_every_call():
+    kept = torch.randn(4, 5)
+    x, seen = kept.clone(), []
+
+    def destroy(x):
+        seen.append(x.detach().clone())
+        y = x * 2.0
+        with torch.no_grad():
+            x.detach().zero_()
+        return y
+
+    timing.prepare(destroy, [x], "both", "cpu", "toy", lambda: x.copy_(kept)).run()
+    assert all(torch.equal(each, kept) for each in seen[:-1])
+
+
+def test_json_lines_in_the_writing_are_left_for_later(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert results.lines_of(path) == []
+    path.write_text(json.dumps({"a": 1}) + '\n{"b": ')
+    assert results.lines_of(path) == [{"a": 1}]
