@@ -199,10 +199,7 @@ def test_the_sanitizer_is_asked_of_our_kernels_only_and_its_answer_kept(code, ou
     program = tmp_path / "compute-sanitizer"
     asked = tmp_path / "asked"
     echo = f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" | tee {asked}'
-    program.write_text(f"#!/bin/sh
-{echo}
-exit {code}
-")
+    program.write_text(f"#!/bin/sh\n{echo}\nexit {code}\n")
     program.chmod(0o755)
     line = sanitizer.sanitize(str(program), "racecheck", "gelu", time.time() + 60)
     assert line["test"] == "racecheck gelu" and line["outcome"] == outcome

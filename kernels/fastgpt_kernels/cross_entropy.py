@@ -231,7 +231,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, consume: 
 
 @_cross_entropy.register_fake
 def _(logits: Tensor, targets: Tensor, ignore_index: int, consume: bool) -> tuple[Tensor, Tensor]:
-    rows = len(logits)
+    rows = logits.shape[0]
     return logits.new_empty(rows, dtype=torch.float32), logits.new_empty((rows, 2), dtype=torch.float32)
 
 

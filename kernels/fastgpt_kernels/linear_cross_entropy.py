@@ -30,8 +30,8 @@ from fastgpt_kernels.torch_ops.linear_cross_entropy import chunks_of_logits, gra
 
 def losses_by_chunks(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The losses (rows,) and the statistics (rows, 2); weight and targets are contiguous."""
-    losses = x.new_empty(len(x), dtype=torch.float32)
-    statistics = x.new_empty((len(x), 2), dtype=torch.float32)
+    losses = x.new_empty(x.shape[0], dtype=torch.float32)
+    statistics = x.new_empty((x.shape[0], 2), dtype=torch.float32)
     for rows, logits in chunks_of_logits(x, weight):
         losses[rows], statistics[rows] = cross_entropy.launch_forward(logits, targets[rows], ignore_index)
     return losses, statistics
@@ -64,7 +64,7 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_ind
 
 @_linear_cross_entropy.register_fake
 def _(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), dtype=torch.float32), x.new_empty((len(x), 2), dtype=torch.float32)
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty((x.shape[0], 2), dtype=torch.float32)
 
 
 @torch.library.custom_op("fastgpt::linear_cross_entropy_backward", mutates_args=())

@@ -5,9 +5,9 @@ counter, so that any part of a mask can be drawn by itself, by any number of thr
 
     z = mix(seed) + (c + 1) g      mix(z): z ^= z >>> 30; z *= a; z ^= z >>> 27; z *= b; z ^= z >>> 31
 
-Its 64 bits are four lanes of 16 bits, lowest first. Element j of row i of a mask (..., C), its rows counted through, takes
-lane j mod 4 of the number c = i ceil(C / 4) + j // 4, and is kept where that lane, read as an integer with a sign, is at
-least round(65536 p) - 32768. The rate of dropping is p to within 2^-17.
+Its 64 bits are four lanes of 16 bits, lowest first. Element j of row i of a mask (..., C), its rows counted through,
+takes lane j mod 4 of the number c = i ceil(C / 4) + j // 4, and is kept where that lane, read as an integer with a
+sign, is at least round(65536 p) - 32768. The rate of dropping is p to within 2^-17.
 
 PyTorch's own generator for CPUs draws one number after the other in one thread, 7 ns for each element of a mask. These
 take 0.8 ns of one thread, and have no more to do where threads are many.
@@ -55,7 +55,7 @@ def mix_(z: Tensor, spare: Tensor) -> Tensor:
 
 
 def lanes_(z: Tensor, spare: Tensor, p: float) -> Tensor:
-    """The mask of the numbers z (..., W), contiguous: int16 (..., 4 W), -1 to keep and 0 to drop. It overwrites both."""
+    """The mask of the numbers z (..., W), contiguous: int16 (..., 4 W), -1 to keep, 0 to drop. Both are overwritten."""
     lanes = mix_(z, spare).view(torch.int16)
     # beyond 65535 the bound would not fit into 16 bits
     return lanes.ge_(min(round(65536 * p), 65535) - 32768).neg_()
@@ -70,9 +70,9 @@ def rows_of(shape: torch.Size) -> tuple[int, int]:
 
 
 def mask_parts(shape: torch.Size, seed: Tensor, p: float) -> Iterator[tuple[slice, Tensor]]:
-    """The mask of a shape in parts that stay in the cache: some of its `rows_of`, and int16 (rows, columns) as `lanes_`.
+    """The mask of a shape in parts that stay in the cache, each overwritten by the next.
 
-    Each part is overwritten by the next.
+    A part is a slice of its `rows_of`, and int16 (rows, columns) as `lanes_`.
     """
     rows, columns = rows_of(shape)
     words = -(-columns // LANES)

@@ -36,7 +36,7 @@ class _Group(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Queries `first` to `stop` of each sequence, and the keys from `start` on, a multiple of LANES, that they may see."""
+    """Queries `first` to `stop` of each sequence; the keys that they may see begin at `start`, a multiple of LANES."""
 
     first: int
     stop: int
@@ -44,7 +44,7 @@ class _Block(NamedTuple):
 
 
 class _Plan:
-    """What both directions share: the groups, their blocks, the scores with what is hidden, the dropout mask, memory."""
+    """What both directions share: groups, their blocks, scores with what is hidden, the dropout mask, memory."""
 
     def __init__(
         self,
@@ -71,9 +71,10 @@ class _Plan:
             numbers = torch.arange(self.B * self.H * self.T).mul_(words).mul_(GAMMA).add_(origin(seed))
             self.row_numbers = numbers.view(self.B, self.H, self.T, 1)
             self.word_numbers = torch.arange(words).mul_(GAMMA)
-            numbers = self.sequences * self.heads * self.rows * words
-            self.z, self.spare = torch.empty((2, numbers), dtype=torch.int64).unbind()
-            self.bits = torch.empty(0 if self.narrow == torch.bfloat16 else self.elements, dtype=BITS[self.wide.itemsize])
+            drawn = self.sequences * self.heads * self.rows * words
+            self.z, self.spare = torch.empty((2, drawn), dtype=torch.int64).unbind()
+            bits = 0 if self.narrow == torch.bfloat16 else self.elements
+            self.bits = torch.empty(bits, dtype=BITS[self.wide.itemsize])
 
     def _documents(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T): a small number for each document, and the first position that has it."""
@@ -121,7 +122,7 @@ class _Plan:
         return s
 
     def kept(self, group: _Group, block: _Block) -> Tensor:
-        """The dropout mask of a block, (sequences, heads, rows, keys): all bits of a number of the narrow dtype, or none."""
+        """The dropout mask of a block, (sequences, heads, rows, keys): all bits of a narrow number, or none."""
         first, stop, start = block
         row_numbers = self.row_numbers[group.sequences, group.heads, first:stop]
         word_numbers = self.word_numbers[start // LANES : -(-stop // LANES)]
@@ -264,9 +265,7 @@ def _attention_backward(
                     else:
                         part.add_(torch.bmm(left.mT, right, out=take(keys_memory, *part.shape)))
                 dq_rows = take(dq_memory, *flat_q.shape)
-                torch.baddbmm(
-                    dq_rows, ds, plan.operand(k, block, keys_memory), beta=0, alpha=factor, out=dq_rows
-                )
+                torch.baddbmm(dq_rows, ds, plan.operand(k, block, keys_memory), beta=0, alpha=factor, out=dq_rows)
                 dq[:, :, rows] = dq_rows.view(q_rows.shape)
             torch.mul(dk_sum, factor, out=dk)
             torch.mul(dv_sum, plan.keep, out=dv)
@@ -300,9 +299,7 @@ def _setup_context(
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     qkv, lse, seed, document_ids = ctx.saved_tensors
-    dqkv: Tensor = _attention_backward(
-        qkv, lse, dout, ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids
-    )
+    dqkv: Tensor = _attention_backward(qkv, lse, dout, ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids)
     return dqkv, None, None, None, None, None
 
 

@@ -33,7 +33,7 @@ CONSUMED = (
 
 def row_losses(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """The loss of each row of logits (rows, V), 0 where the target does not count; float32 at least."""
-    losses = logits.new_empty(len(logits), dtype=_accumulation(logits))
+    losses = logits.new_empty(logits.shape[0], dtype=_accumulation(logits))
     for rows, z, buffer in _chunks(logits):
         counts, columns = _counts_and_columns(targets[rows], ignore_index)
         if z.dtype != buffer.dtype:
@@ -81,7 +81,7 @@ def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     whole = logits.new_empty((min(size, count), V), dtype=_accumulation(logits))
     for start in range(0, count, size):
         z = logits[start : start + size]
-        yield slice(start, start + len(z)), z, whole[: len(z)]
+        yield slice(start, start + z.shape[0]), z, whole[: z.shape[0]]
 
 
 def _counts_and_columns(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def against_columns(targets: Tensor, V: int, ignore_index: int) -> list[str]:
     if targets.device.type != "cpu":
         return []
     columns = targets[targets != ignore_index]
-    if not len(columns) or (columns.min() >= 0 and columns.max() < V):
+    if not columns.shape[0] or (columns.min() >= 0 and columns.max() < V):
         return []
     wrong = columns[(columns < 0) | (columns >= V)][0].item()
     return [f"targets has {wrong}; with V = {V} columns it must be from 0 to {V - 1}, or ignore_index {ignore_index}"]
@@ -110,7 +110,7 @@ def _losses(logits: Tensor, targets: Tensor, ignore_index: int, consume: bool) -
 
 @_losses.register_fake
 def _(logits: Tensor, targets: Tensor, ignore_index: int, consume: bool) -> Tensor:
-    return logits.new_empty(len(logits), dtype=_accumulation(logits))
+    return logits.new_empty(logits.shape[0], dtype=_accumulation(logits))
 
 
 @torch.library.custom_op("fastgpt::cross_entropy_by_torch_backward", mutates_args=())

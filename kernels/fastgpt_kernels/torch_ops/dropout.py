@@ -2,8 +2,8 @@
 
     y = kept x / (1 - p)    y = residual + kept x / (1 - p)    dx = kept dy / (1 - p)    dresidual = dy
 
-On a CPU in chunks that stay in the cache: the mask (`fastgpt_kernels.seeds`) clears the bits of what is dropped, and one
-more pass scales, adds and rounds once. The backward draws the mask again, which takes less time than the two passes
+On a CPU in chunks that stay in the cache: the mask (`fastgpt_kernels.seeds`) clears the bits of what is dropped, and
+one more pass scales, adds and rounds once. The backward draws the mask again, which takes less time than the two passes
 over memory that keep it, so that autograd holds the seed alone. Elsewhere the mask is a tensor of its own, one byte an
 element, and autograd keeps it.
 """
@@ -50,9 +50,7 @@ def _(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, dtype: torch.d
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, float, torch.dtype], output: Tensor
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, float, torch.dtype], output: Tensor) -> None:
     x, residual, seed, ctx.p, _ = inputs
     ctx.dtype, ctx.added = x.dtype, residual is not None
     ctx.save_for_backward(seed)

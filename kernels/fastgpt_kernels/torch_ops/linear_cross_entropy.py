@@ -46,10 +46,10 @@ def chunk_rows(V: int, itemsize: int) -> int:
 
 def chunks_of_logits(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some rows at a time and their logits, each in the same memory."""
-    size = chunk_rows(len(weight), x.element_size())
-    buffer = x.new_empty((min(size, len(x)), len(weight)))
-    for start in range(0, len(x), size):
-        rows = slice(start, min(start + size, len(x)))
+    size = chunk_rows(weight.shape[0], x.element_size())
+    buffer = x.new_empty((min(size, x.shape[0]), weight.shape[0]))
+    for start in range(0, x.shape[0], size):
+        rows = slice(start, min(start + size, x.shape[0]))
         logits = buffer[: rows.stop - start]
         torch.mm(x[rows], weight.t(), out=logits)
         yield rows, logits
@@ -68,11 +68,11 @@ def gradients(
         need_weight: whether to compute dW.
     """
     dx = x.new_empty(x.shape if need_x else 0)
-    one_chunk = len(x) <= chunk_rows(len(weight), x.element_size())
+    one_chunk = x.shape[0] <= chunk_rows(weight.shape[0], x.element_size())
     total_dtype = torch.promote_types(x.dtype, torch.float32)
     shape, dtype = weight.shape if need_weight else (0,), x.dtype if one_chunk else total_dtype
     # a single product overwrites it
-    dweight = weight.new_empty(shape, dtype=dtype) if one_chunk and len(x) else weight.new_zeros(shape, dtype=dtype)
+    dweight = weight.new_empty(shape, dtype=dtype) if one_chunk and x.shape[0] else weight.new_zeros(shape, dtype=dtype)
     for rows, dz in chunks_of_logits(x, weight):
         overwrite(rows, dz)
         if need_x:
@@ -92,8 +92,8 @@ def add_product(total: Tensor, dz: Tensor, x: Tensor) -> None:
         torch.addmm(total, dz.t(), x, out_dtype=total.dtype, out=total)
     else:
         wide = x.to(total.dtype)
-        piece = max(1, WIDENED_BYTES // (len(x) * total.element_size()))
-        for start in range(0, len(total), piece):
+        piece = max(1, WIDENED_BYTES // (x.shape[0] * total.element_size()))
+        for start in range(0, total.shape[0], piece):
             part = total[start : start + piece]
             torch.addmm(part, dz[:, start : start + piece].to(total.dtype).t(), wide, out=part)
 
@@ -105,7 +105,7 @@ def adds_16_bit_products(device: torch.device) -> bool:
 
 def losses_by_chunks(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """The loss of each row; weight is contiguous."""
-    losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    losses = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     for rows, logits in chunks_of_logits(x, weight):
         losses[rows] = row_losses(logits, targets[rows], ignore_index)
     return losses
@@ -124,7 +124,7 @@ def gradients_by_chunks(
 
 @torch.library.custom_op("fastgpt::linear_cross_entropy_by_torch", mutates_args=())
 def _losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    raise_if_any(against_columns(targets, len(weight), ignore_index), "linear_cross_entropy", "torch", REMEDY)
+    raise_if_any(against_columns(targets, weight.shape[0], ignore_index), "linear_cross_entropy", "torch", REMEDY)
     # a product in a custom op is seen by autocast a second time
     with torch.autocast(x.device.type, enabled=False):
         return losses_by_chunks(x, weight.contiguous(), targets, ignore_index)
@@ -132,7 +132,7 @@ def _losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Te
 
 @_losses.register_fake
 def _(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    return x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("fastgpt::linear_cross_entropy_by_torch_backward", mutates_args=())
