@@ -138,8 +138,10 @@ EAGER = BUILTIN._replace(
 
 def compiled() -> SimpleNamespace:
     """Every operation of "eager" under torch.compile; nothing is compiled before it is called."""
+    import torch._functorch.config as compiler_config  # PyTorch's own import leaves it out
+
     # a compiled backward would otherwise refuse to run twice on what one forward kept
-    torch._functorch.config.donated_buffer = False
+    compiler_config.donated_buffer = False
     torch.compiler.reset()
     return SimpleNamespace(
         **{

@@ -49,9 +49,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """For commands in processes of their own: this environment's programs, no launcher's variables."""
+    """For commands in processes of their own: this environment's programs, no variables of a launcher or of pytest."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in (*launcher, "TRITON_INTERPRET")}
+    left_out = (*launcher, "TRITON_INTERPRET")
+    kept = {k: v for k, v in os.environ.items() if k not in left_out and not k.startswith("PYTEST_")}
     paths = [str(Path(sys.executable).parent), kept.get("PATH", "")]
     source = [str(ROOT), str(ROOT / "kernels"), kept.get("PYTHONPATH", "")]
     return kept | {
