@@ -22,7 +22,10 @@ from fastgpt_kernels.reference import visible
 from fastgpt_kernels.seeds import GAMMA, LANES, lanes_, origin, seed_tensor, seeded_dropout
 from fastgpt_kernels.torch_ops.dropout import BITS
 
-ROWS = 128  # queries of a block
+MOST_ROWS, FEWEST_ROWS = (
+    128,
+    32,
+)  # queries of a block: at least four blocks, whose sums over queries round less than one
 SCORES = 2**20  # of a block in all heads that go together, for each thread
 
 _LOG2E = math.log2(math.e)
@@ -59,7 +62,7 @@ class _Plan:
         self.scale, self.p, self.window = scale, dropout_p, window
         self.wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         self.narrow = torch.bfloat16 if qkv.dtype == torch.bfloat16 else self.wide
-        self.rows = min(ROWS, self.T)
+        self.rows = min(self.T, MOST_ROWS, max(FEWEST_ROWS, self.T // 4 // FEWEST_ROWS * FEWEST_ROWS))
         together = max(1, SCORES * torch.get_num_threads() // max(1, self.rows * self.T))
         self.heads, self.sequences = min(self.H, together), min(self.B, max(1, together // max(1, self.H)))
         self.elements = self.sequences * self.heads * self.rows * self.T
