@@ -1,7 +1,7 @@
 """A run that was killed and started again gives the same losses, bit for bit, as one left alone."""
 
+import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 Losses = Callable[[Path], dict[tuple[int, str], float]]
@@ -27,9 +28,7 @@ def launcher(stage: int | None) -> list[str]:
 
 def kill_at(words: list[str], metrics: Path, lines: int, environment: dict[str, str]) -> None:
     """Start a command and SIGKILL all its processes once its metrics have so many lines."""
-    process = subprocess.Popen(
-        words, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
@@ -37,7 +36,11 @@ def kill_at(words: list[str], metrics: Path, lines: int, environment: dict[str, 
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun gives each rank a session of its own: a signal to one group would leave the others running
+        launcher = psutil.Process(process.pid)
+        for each in (launcher, *launcher.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         process.wait()
 
 
