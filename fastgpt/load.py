@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastgpt_kernels import Backend, Ops, UnsupportedInput, load_ops
+from fastgpt_kernels import Backend, Ops, UnsupportedInput
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,6 +20,7 @@ from fastgpt.checkpoint.manifest import NAME as MANIFEST
 from fastgpt.checkpoint.manifest import read_manifest
 from fastgpt.checkpoint.store import LATEST
 from fastgpt.config import ModelConfig
+from fastgpt.engine.backend import ops_for
 from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
 from fastgpt.model.convert import ARCHITECTURES, from_hugging_face
@@ -103,11 +104,8 @@ def _device(name: str) -> torch.device:
 
 
 def _ops(backend: Backend, device: torch.device) -> Ops:
-    # "auto" looks at the machine, not at where this model goes
-    if backend == "auto" and device.type == "cpu":
-        backend = "torch"
     try:
-        return load_ops(backend)
+        return ops_for(backend, device)
     except UnsupportedInput as problem:
         raise UserError(f"backend: {' '.join(str(problem).split())}") from None
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from fastgpt_kernels import FusedAdamW
+from fastgpt_kernels.optim import OptimBackend
 from torch import Tensor
 
-from fastgpt.config import TrainConfig
+from fastgpt.config import KernelsConfig, TrainConfig
 from fastgpt.model.init import decays
 
 
@@ -15,6 +16,7 @@ def adam(
     parameters: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     train: TrainConfig,
+    kernels: KernelsConfig,
     working: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> FusedAdamW:
     """AdamW or GPT-1's own Adam (`train.optimizer`), with decay on matrices and tables only.
@@ -23,6 +25,7 @@ def adam(
         parameters: what is to be updated, by parameter name.
         shapes: the whole shape of each parameter, which a sharded tensor does not show.
         train: rates and constants; the rate is set anew before each update.
+        kernels: whose backend updates.
         working: pairs of a parameter and its copy in 16 bits, which each update brings in line.
     """
     groups: list[dict[str, Any]] = []
@@ -31,8 +34,19 @@ def adam(
         if members:
             groups.append({"params": members, "weight_decay": weight_decay})
     return FusedAdamW(
-        groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, form=train.optimizer, working=working
+        groups,
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        eps=train.eps,
+        form=train.optimizer,
+        backend=optimizer_backend(kernels),
+        working=working,
     )
+
+
+def optimizer_backend(kernels: KernelsConfig) -> OptimBackend:
+    """Who updates, and takes the norm: Triton where tensors lie on a GPU, unless the operations are not Triton's."""
+    return "auto" if kernels.backend in ("auto", "triton") else "torch"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Update, dropout_seed, global_loss
-from fastgpt.engine.optimizer import adam, clip_factor, set_learning_rate
+from fastgpt.engine.optimizer import adam, clip_factor, optimizer_backend, set_learning_rate
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -41,9 +41,11 @@ class SingleProcess:
         )
         shapes = {name: p.shape for name, p in self._weights.items()}
         working = zip(self._masters.values(), self._weights.values(), strict=True) if self._low else ()
-        self._optimizer = adam(self._masters, shapes, config.train, working)
+        self._optimizer = adam(self._masters, shapes, config.train, config.kernels, working)
         self._adam_step = 0
         self._scale = LossScale() if precision == "fp16" else None
+        # fp32 sums of gradients in 16 bits, by the name of the weight
+        self._sums: dict[str, Tensor] = {}
         self._sampler: CachedLogits | None = None
 
     def update(self, batch: Batch) -> Update:
@@ -55,8 +57,7 @@ class SingleProcess:
             for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
         ]
         scale = self._scale.scale if self._scale else 1.0
-        gradients = [m.grad for m in self._masters.values() if m.grad is not None]
-        norm = float(grad_norm(gradients)) / scale
+        norm = float(grad_norm(self._gradients(), backend=optimizer_backend(self._config.kernels))) / scale
         applied = math.isfinite(norm)
         if applied:
             set_learning_rate(self._optimizer, rate)
@@ -65,8 +66,8 @@ class SingleProcess:
             self._sampler = None
         if self._scale:
             self._scale.update(overflow=not applied)
-        for master in self._masters.values():
-            master.grad = None
+        for parameter in (*self._masters.values(), *self._weights.values()):
+            parameter.grad = None
         return Update(self.step, global_loss(self.ranks, losses), norm if applied else math.inf, rate, applied)
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
@@ -116,16 +117,31 @@ class SingleProcess:
         )
         scale = self._scale.scale if self._scale else 1.0
         (loss * (scale / config.micro_batches)).backward()  # type: ignore[no-untyped-call]
-        if self._low:
-            for weight, master in zip(self._weights.values(), self._masters.values(), strict=True):
-                if weight.grad is None:
-                    continue
-                if master.grad is None:
-                    master.grad = weight.grad.float()
-                else:
-                    master.grad.add_(weight.grad)
-                weight.grad = None
+        if self._low and config.micro_batches > 1:
+            self._add_up()
         return loss.detach()
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        """Add the gradients of a micro-batch to the masters' in fp32. One alone is left to the weights in 16 bits."""
+        for name, weight in self._weights.items():
+            if weight.grad is None:
+                continue
+            master = self._masters[name]
+            if master.grad is not None:
+                master.grad.add_(weight.grad)
+            else:
+                # its memory is kept from update to update
+                if name not in self._sums:
+                    self._sums[name] = torch.empty_like(master, requires_grad=False)
+                master.grad = self._sums[name].copy_(weight.grad)
+            weight.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        """Those of an update: in fp32, or in 16 bits where one micro-batch is all."""
+        pairs = zip(self._masters.values(), self._weights.values(), strict=True)
+        found = (weight.grad if master.grad is None else master.grad for master, weight in pairs)
+        return [gradient for gradient in found if gradient is not None]
 
     @torch.no_grad()
     def _round_masters(self) -> None:

@@ -19,7 +19,7 @@ from fastgpt.data.source import Batch
 from fastgpt.engine.base import Update, dropout_seed, global_loss
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.layouts import PlainLayout, layout_of
-from fastgpt.engine.optimizer import adam, clip_factor, set_learning_rate
+from fastgpt.engine.optimizer import adam, clip_factor, optimizer_backend, set_learning_rate
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -60,7 +60,8 @@ class DeepSpeedZero:
             self._model = self._build(build, deepspeed, settings)
         self._weights = dict(self._model.named_parameters())
         self._adam_step = 0
-        optimizer = adam(self._weights, {name: _shape(p) for name, p in self._weights.items()}, config.train)
+        shapes = {name: _shape(p) for name, p in self._weights.items()}
+        optimizer = adam(self._weights, shapes, config.train, config.kernels)
         with _prints_logged():
             self._engine, *_ = deepspeed.initialize(
                 model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -160,7 +161,7 @@ class DeepSpeedZero:
     def _clip(self) -> float:
         """Clip the reduced gradients where DeepSpeed does not; gradients that are not finite are dropped."""
         gradients = [p.grad for p in self._weights.values() if p.grad is not None]
-        norm = float(grad_norm(gradients))
+        norm = float(grad_norm(gradients, backend=optimizer_backend(self._config.kernels)))
         if math.isfinite(norm):
             torch._foreach_mul_(gradients, clip_factor(norm, self._config.train.clip))
         else:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from fastgpt_kernels import UnsupportedInput, load_ops
+from fastgpt_kernels import UnsupportedInput
 
 from fastgpt.checkpoint.store import Checkpoint, CheckpointStore
 from fastgpt.config import Config
 from fastgpt.data.prefetch import prefetch
 from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import ShardSource
+from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
 from fastgpt.engine.precision import resolve_device, resolve_precision
 from fastgpt.engine.prepare import prepare
@@ -190,7 +191,7 @@ class _Run:
         asked = config.engine.threads
         if self.plan.saved:
             config = keep_resolved(config, self.plan.saved)
-        backend = load_ops(config.kernels.backend).name
+        backend = ops_for(config.kernels.backend, self.device).name
         precision = resolve_precision(config.engine.precision, self.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // self.ranks.local_world_size)
@@ -229,7 +230,7 @@ class _Run:
 
     def _engine(self) -> Engine:
         config = self.config
-        ops = load_ops(config.kernels.backend)
+        ops = ops_for(config.kernels.backend, self.device)
         engine = prepare(
             lambda: GPT(config.model, ops),
             config,

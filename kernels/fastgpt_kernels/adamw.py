@@ -272,8 +272,8 @@ def update(
     device = first.master.device
 
     def build() -> Tables:
-        columns = torch.tensor(addresses, dtype=torch.int64).view(len(members), len(first)).t()
-        table = torch.cat([torch.tensor([sizes], dtype=torch.int64), columns])
+        columns = torch.tensor(addresses, dtype=torch.int64, device="cpu").view(len(members), len(first)).t()
+        table = torch.cat([torch.tensor([sizes], dtype=torch.int64, device="cpu"), columns])
         coefficients = torch.empty((3, len(members)), dtype=torch.float32, device=device)
         rows = [row for number, row in enumerate(columns.tolist()) if first[number] is not first.step]
         whole = aligned([address for row in rows for address in row])

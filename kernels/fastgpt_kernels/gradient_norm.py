@@ -128,7 +128,7 @@ def _tables(tensors: Sequence[Tensor]) -> Tables:
     dtype, device = tensors[0].dtype, tensors[0].device
 
     def build() -> Tables:
-        table = torch.tensor([sizes, addresses], dtype=torch.int64)
+        table = torch.tensor([sizes, addresses], dtype=torch.int64, device="cpu")
         return Tables(to_device(table, device), chunk_table(sizes, device), dtype, aligned(addresses))
 
     return _cache.get((addresses, sizes, dtype, device), build)

@@ -41,7 +41,8 @@ class TableCache(Generic[Tables]):
             if capturing:
                 raise RuntimeError(
                     "these tensors are new, and their addresses cannot be copied to the device during the capture of a "
-                    "CUDA graph: make the same call once with the same tensors before the capture"
+                    "CUDA graph: make the same call once with the same tensors before the capture (a gradient that is "
+                    "not contiguous is copied, and new, in every call)"
                 )
             tables = build()
         if capturing:
@@ -61,10 +62,10 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
 @lru_cache(maxsize=KEPT)
 def chunk_table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """(chunks, 2) int32: the tensor that each chunk is of, and its number there; in the order of the tensors."""
-    counts = torch.tensor([-(-size // CHUNK) for size in sizes])
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    counts = torch.tensor([-(-size // CHUNK) for size in sizes], dtype=torch.int64, device="cpu")
+    tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return to_device(torch.stack([tensor, torch.arange(len(tensor)) - first], 1).int(), device)
+    return to_device(torch.stack([tensor, torch.arange(len(tensor), device="cpu") - first], 1).int(), device)
 
 
 def aligned(addresses: Sequence[int]) -> bool:

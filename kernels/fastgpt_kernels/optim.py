@@ -5,7 +5,7 @@ Importing this file imports no Triton.
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
@@ -19,9 +19,13 @@ OptimBackend: TypeAlias = Literal["auto", "triton", "torch"]
 
 GRADIENTS = (torch.float32, torch.float16, torch.bfloat16)
 WORKING = (torch.float16, torch.bfloat16)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 REMEDY = "No backend takes these arguments: correct the call."
+STATE_REMEDY = "The state is of another optimizer: load one that torch.optim.AdamW or FusedAdamW wrote."
 # so short that float32 sums of squares keep their digits
 NORM_CHUNK = 1_024
+# elements for each thread of a CPU whose float32 gradient is made and used while it is in the cache
+UPDATE_CHUNK = 131_072
 
 
 class Member(NamedTuple):
@@ -71,7 +75,8 @@ class FusedAdamW(torch.optim.Optimizer):
         form: "adamw", or "gpt1" (bias-corrected decay, eps outside the bias correction).
         backend: "triton", "torch", or "auto": triton for tensors on a GPU, else torch.
         working: pairs, or a mapping, of a parameter and a float16 or bfloat16 tensor of its shape, which receives the
-            new value rounded in the same pass.
+            new value rounded in the same pass. Where the parameter has no gradient, that of its working copy counts:
+            the gradient in 16 bits, which PyTorch lets no float32 parameter have.
 
     Raises:
         UnsupportedInput: for arguments outside these; `step` raises it for tensors that it cannot take.
@@ -92,8 +97,7 @@ class FusedAdamW(torch.optim.Optimizer):
         reasons = []
         if form not in ("adamw", "gpt1"):
             reasons.append(f"form is {form!r}; it must be 'adamw' or 'gpt1'")
-        if backend not in ("auto", "triton", "torch"):
-            reasons.append(f"backend is {backend!r}; it must be 'auto', 'triton' or 'torch'")
+        reasons += _against_backend(backend)
         self.form: Form = form
         self.backend: OptimBackend = backend
         self._working = dict(working or ())
@@ -115,14 +119,12 @@ class FusedAdamW(torch.optim.Optimizer):
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        backend = state.get("backend") or self.backend
+        raise_if_any(_against_groups(state["param_groups"]), "FusedAdamW.load_state_dict", backend, STATE_REMEDY)
         super().__setstate__(state)
         self._tables = TableCache()
-        reasons = []
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             group["fused"] = True
-            reasons += [f"group {number} has {name}" for name in ("amsgrad", "maximize") if group.get(name)]
-        remedy = "FusedAdamW has neither: load a state without them."
-        raise_if_any(reasons, "FusedAdamW.load_state_dict", self.backend, remedy)
 
     @overload  # type: ignore[override]
     def step(self, closure: None = None, *, gradient_scale: float | Tensor = 1.0) -> None: ...
@@ -157,12 +159,12 @@ class FusedAdamW(torch.optim.Optimizer):
             (number, place, master)
             for number, group in enumerate(self.param_groups)
             for place, master in enumerate(group["params"])
-            if master.grad is not None
+            if self._gradient(master) is not None
         ]
         if not members:
             return loss
         device = members[0][2].device
-        name = self._backend_on(device)
+        name = _on_device(self.backend, device)
         self._check(members, device, scale, name)
         if isinstance(scale, float | int) and not math.isfinite(scale):
             return loss
@@ -173,7 +175,7 @@ class FusedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             together: dict[Any, list[Member]] = {}
             for master in group["params"]:
-                if master.grad is not None:
+                if self._gradient(master) is not None:
                     member = self._member(master)
                     working = None if member.working is None else member.working.dtype
                     together.setdefault((member.gradient.dtype, working), []).append(member)
@@ -188,12 +190,15 @@ class FusedAdamW(torch.optim.Optimizer):
                     adamw.update(alike, constants, lr, scale, self._tables)
                 else:
                     _update_by_torch(alike, constants, lr, float(scale))
+        # a backward through a graph that is older must not go unnoticed
+        written = [master for _, _, master in members]
+        written += [self._working[master] for master in written if master in self._working]
+        torch.autograd.graph.increment_version(written)
         return loss
 
-    def _backend_on(self, device: torch.device) -> Literal["triton", "torch"]:
-        if self.backend != "auto":
-            return self.backend
-        return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+    def _gradient(self, master: Tensor) -> Tensor | None:
+        working = self._working.get(master)
+        return working.grad if master.grad is None and working is not None else master.grad
 
     def _member(self, master: Tensor) -> Member:
         state = self.state[master]
@@ -205,8 +210,11 @@ class FusedAdamW(torch.optim.Optimizer):
         if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != master.device:
             # a state that was written by an optimizer with its counts elsewhere
             step = state["step"] = torch.as_tensor(step, dtype=torch.float32).to(master.device)
-        gradient = master.grad
+        gradient = self._gradient(master)
         assert gradient is not None
+        for name in MOMENTS:
+            # those of a parameter that lay otherwise in memory
+            state[name] = state[name].contiguous()
         return Member(
             master, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"], step, self._working.get(master)
         )
@@ -216,7 +224,8 @@ class FusedAdamW(torch.optim.Optimizer):
     ) -> None:
         found: dict[str, list[str]] = {}
         for number, place, master in members:
-            for reason in _against_member(master, device):
+            state = self.state.get(master, {})
+            for reason in (*_against_member(master, self._gradient(master), device), *_against_moments(master, state)):
                 found.setdefault(reason, []).append(f"parameter {place} of group {number}")
         reasons = []
         for reason, names in found.items():
@@ -224,13 +233,14 @@ class FusedAdamW(torch.optim.Optimizer):
             reasons.append(f"{names[0]}{others} {reason}")
         reasons += _against_one_element(scale, "gradient_scale", device)
         for number, group in enumerate(self.param_groups):
+            reasons += [f"group {number}: {reason}" for reason in _against_constants(group)]
             reasons += _against_one_element(group["lr"], f"lr of group {number}", device)
         raise_if_any(reasons, "FusedAdamW.step", backend, REMEDY)
         if backend == "triton":
             _check_triton(device, "FusedAdamW.step")
 
 
-def grad_norm(tensors: Iterable[Tensor]) -> Tensor:
+def grad_norm(tensors: Iterable[Tensor], *, backend: OptimBackend = "auto") -> Tensor:
     """The L2 norm of all elements of all tensors, in their order: a deterministic sum, and no wait for the device.
 
     Squares of a whole chunk, and the sum over chunks, do not overflow before the norm itself does, nor do they vanish:
@@ -238,7 +248,8 @@ def grad_norm(tensors: Iterable[Tensor]) -> Tensor:
     once more in float64. Another order of the tensors, or another device, may change the last bit.
 
     Args:
-        tensors: on one device, float32, float16 or bfloat16 (float64 on a CPU, too), of any shapes and sizes.
+        tensors: on one device, float32, float16 or bfloat16 (float64 without Triton, too), of any shapes and sizes.
+        backend: "triton", "torch", or "auto": triton for tensors on a GPU, else torch.
 
     Returns:
         A float32 tensor of no dimensions on their device; 0 on the CPU where there are no tensors. Infinite or NaN
@@ -248,11 +259,14 @@ def grad_norm(tensors: Iterable[Tensor]) -> Tensor:
         UnsupportedInput: for arguments outside these.
     """
     xs = [x.detach() for x in tensors]
+    raise_if_any(_against_backend(backend), "grad_norm", backend, REMEDY)
     if not xs:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     device = xs[0].device
-    use_triton = _uses_triton(device)
+    use_triton = _on_device(backend, device) == "triton"
     raise_if_any(_against_norm(xs, device, use_triton), "grad_norm", "triton" if use_triton else "torch", REMEDY)
+    if use_triton:
+        _check_triton(device, "grad_norm")
     with torch.no_grad():
         if use_triton:
             from fastgpt_kernels import gradient_norm
@@ -273,34 +287,63 @@ def _update_by_torch(members: Sequence[Member], constants: Constants, lr: float,
     grad_scale = None
     if scale != 1.0:
         # the kernel divides by it
-        grad_scale = torch.tensor(1.0 / scale if scale else math.inf, device=members[0].master.device)
+        inverse = 1.0 / scale if scale else math.inf
+        grad_scale = torch.tensor(inverse, dtype=torch.float32, device=members[0].master.device)
     for step, alike in by_step.items():
         eps, weight_decay = constants.eps, constants.weight_decay
         beta1, beta2 = constants.betas
         if constants.form == "gpt1":
             correction = math.sqrt(1.0 - beta2**step)
             eps, weight_decay = eps / correction, weight_decay * correction / (1.0 - beta1**step)
-        steps = [member.step for member in alike]
-        torch._foreach_add_(steps, 1.0)
-        torch._fused_adamw_(
-            [member.master for member in alike],
-            [member.gradient.float() for member in alike],
-            [member.exp_avg for member in alike],
-            [member.exp_avg_sq for member in alike],
-            [],
-            steps,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=grad_scale,
-        )
-    pairs = [(member.working, member.master) for member in members if member.working is not None]
-    if pairs:
-        torch._foreach_copy_([working for working, _ in pairs], [master for _, master in pairs])
+        torch._foreach_add_([member.step for member in alike], 1.0)
+        for parts in _parts(alike):
+            torch._fused_adamw_(
+                [part.master for part in parts],
+                [part.gradient for part in parts],
+                [part.exp_avg for part in parts],
+                [part.exp_avg_sq for part in parts],
+                [],
+                [part.step for part in parts],
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=weight_decay,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=grad_scale,
+            )
+            for part in parts:
+                if part.working is not None:
+                    part.working.copy_(part.master)
+
+
+def _parts(members: Sequence[Member]) -> Iterator[list[Member]]:
+    """The members with float32 gradients, to be updated one list after the other.
+
+    As they are where nothing is rounded. Else in pieces: on its way from and to 16 bits a piece stays in the cache.
+    """
+    as_they_are = [member for member in members if not _rounds(member)]
+    if as_they_are:
+        yield as_they_are
+    size = UPDATE_CHUNK * torch.get_num_threads()
+    widened: Tensor | None = None
+    for member in members:
+        if not _rounds(member):
+            continue
+        *flat, working = (None if x is None else x.view(-1) for x in (*member[:4], member.working))
+        for start in range(0, member.master.numel(), size):
+            master, gradient, exp_avg, exp_avg_sq = (x[start : start + size] for x in flat if x is not None)
+            if gradient.dtype != torch.float32:
+                if widened is None:
+                    widened = torch.empty(size, dtype=torch.float32, device=gradient.device)
+                gradient = widened[: len(gradient)].copy_(gradient)
+            piece = None if working is None else working[start : start + size]
+            yield [Member(master, gradient, exp_avg, exp_avg_sq, member.step, piece)]
+
+
+def _rounds(member: Member) -> bool:
+    return member.gradient.dtype != torch.float32 or member.working is not None
 
 
 def _norm_by_torch(xs: Sequence[Tensor]) -> Tensor:
@@ -323,8 +366,10 @@ def _norm_by_torch(xs: Sequence[Tensor]) -> Tensor:
     return norm.float()
 
 
-def _uses_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+def _on_device(backend: OptimBackend, device: torch.device) -> Literal["triton", "torch"]:
+    if backend != "auto":
+        return backend
+    return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
 
 
 def _check_triton(device: torch.device, operation: str) -> None:
@@ -339,6 +384,42 @@ def _check_triton(device: torch.device, operation: str) -> None:
         raise UnsupportedInput(f"{operation} (triton) cannot take this input", [reason], remedy)
 
 
+def _against_backend(backend: object) -> list[str]:
+    allowed = backend in ("auto", "triton", "torch")
+    return [] if allowed else [f"backend is {backend!r}; it must be 'auto', 'triton' or 'torch'"]
+
+
+def _against_groups(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Reasons against parameter groups of a state that is loaded."""
+    reasons = []
+    for number, group in enumerate(groups):
+        found = [f"has {name}" for name in ("amsgrad", "maximize") if group.get(name)]
+        if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+            found.append("adds its weight decay to the gradient")
+        reasons += [f"group {number} {reason}" for reason in found]
+        reasons += [f"group {number}: {reason}" for reason in _against_constants(group)]
+    return reasons
+
+
+def _against_moments(master: Tensor, state: Mapping[str, Any]) -> list[str]:
+    """Reasons against moments that were loaded for a parameter."""
+    reasons = []
+    for name in MOMENTS:
+        moment = state.get(name)
+        if state and not isinstance(moment, Tensor):
+            reasons.append(f"has a state without {name}")
+        elif isinstance(moment, Tensor):
+            found = (tuple(moment.shape), moment.dtype, moment.device)
+            needed = (tuple(master.shape), torch.float32, master.device)
+            if found != needed:
+                words = [
+                    f"{shape} {str(dtype).removeprefix('torch.')} on {device}"
+                    for shape, dtype, device in (found, needed)
+                ]
+                reasons.append(f"has {name} of shape {words[0]}; it must be {words[1]}")
+    return reasons
+
+
 def _against_constants(group: Mapping[str, Any]) -> list[str]:
     reasons = []
     lr = group["lr"]
@@ -348,8 +429,8 @@ def _against_constants(group: Mapping[str, Any]) -> list[str]:
     elif not (lr >= 0.0 and math.isfinite(lr)):
         reasons.append(f"lr is {lr}; it must be at least 0 and finite")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        reasons.append(f"betas are {tuple(betas)}; they must be two numbers, at least 0 and below 1")
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        reasons.append(f"betas are {betas}; they must be two numbers, at least 0 and below 1")
     return reasons + [
         f"{name} is {group[name]}; it must be at least 0 and finite"
         for name in ("eps", "weight_decay")
@@ -370,7 +451,7 @@ def _against_working(master: Tensor, copy: Tensor, name: str) -> list[str]:
     return reasons
 
 
-def _against_member(master: Tensor, device: torch.device) -> list[str]:
+def _against_member(master: Tensor, gradient: Tensor | None, device: torch.device) -> list[str]:
     reasons = []
     if master.dtype != torch.float32:
         reasons.append(f"is {master.dtype}; an optimizer keeps float32, and 16-bit weights as working copies of it")
@@ -378,7 +459,6 @@ def _against_member(master: Tensor, device: torch.device) -> list[str]:
         reasons.append(f"is on {master.device} and others on {device}")
     if not master.is_contiguous():
         reasons.append("is not contiguous")
-    gradient = master.grad
     assert gradient is not None
     if gradient.layout != torch.strided:
         reasons.append(f"has a gradient of layout {gradient.layout}; it must be dense")

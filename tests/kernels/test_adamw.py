@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from fastgpt_kernels import FusedAdamW, UnsupportedInput
+from fastgpt_kernels import FusedAdamW, UnsupportedInput, grad_norm, optim
 from fastgpt_kernels.testing import assert_close
 
 SIZES = [(1,), (7,), (3, 341), (70_001,), (0,), (8_192,), (16_384,)]
@@ -446,3 +446,111 @@ def test_the_host_never_waits(device):
         optimizer.step(gradient_scale=scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_parameter_takes_the_gradient_of_its_working_copy(device, backend):
+    torch.manual_seed(0)
+    start, gradient = torch.randn(70_000, device=device), torch.randn(70_000, device=device).half()
+    results = []
+    for given_to_copy in (True, False):
+        master = start.clone().requires_grad_()
+        working = start.half()
+        optimizer = FusedAdamW([master], lr=0.01, backend=backend, working=[(master, working)])
+        if given_to_copy:
+            working.grad = gradient.clone()
+        else:
+            master.grad = gradient.float()
+        optimizer.step(gradient_scale=0.5)
+        assert torch.equal(working, master.detach().half())
+        results.append(master.detach())
+    assert torch.equal(*results) and not torch.equal(results[0], start)
+
+
+def test_pieces_of_any_size_give_the_same_update(monkeypatch):
+    torch.manual_seed(0)
+    start, gradient = torch.randn(3, 1000), torch.randn(3, 1000).bfloat16()
+    results = []
+    for size in (16, 10_000):
+        monkeypatch.setattr(optim, "UPDATE_CHUNK", size)
+        master, working = start.clone().requires_grad_(), start.bfloat16()
+        working.grad = gradient.clone()
+        optimizer = FusedAdamW([master], lr=0.01, backend="torch", working=[(master, working)])
+        for _ in range(3):
+            optimizer.step(gradient_scale=0.5)
+        results.append((master.detach(), working))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_moments_of_a_parameter_that_lay_otherwise_are_laid_anew(backend, device):
+    transposed = torch.randn(3, 4, device=device).t().requires_grad_()
+    theirs = torch.optim.AdamW([transposed], lr=0.1)
+    transposed.grad = torch.randn(4, 3, device=device)
+    theirs.step()
+    master = transposed.detach().contiguous().requires_grad_()
+    ours = FusedAdamW([master], lr=0.1, backend=backend)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))  # PyTorch shares tensors
+    transposed.grad = torch.randn(4, 3, device=device)
+    master.grad = transposed.grad.clone()
+    theirs.step()
+    ours.step()
+    torch.testing.assert_close(master, transposed)
+
+
+def test_moments_that_do_not_fit_are_refused_before_anything_changes(backend, device):
+    small, large = (torch.zeros(n, device=device).requires_grad_() for n in (4, 200_000))
+    small.grad = torch.ones_like(small)
+    theirs = torch.optim.AdamW([small])
+    theirs.step()
+    ours = FusedAdamW([large], backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    large.grad = torch.ones_like(large)
+    with pytest.raises(UnsupportedInput, match=r"parameter 0 of group 0 has exp_avg of shape \(4,\) float32"):
+        ours.step()
+    assert not large.any()
+
+
+def test_a_state_that_is_refused_changes_nothing(backend, device):
+    master = torch.zeros(4, device=device).requires_grad_()
+    ours = FusedAdamW([master], lr=0.25, backend=backend)
+    for other in (torch.optim.AdamW([master], lr=0.7, amsgrad=True), torch.optim.Adam([master], weight_decay=0.1)):
+        with pytest.raises(UnsupportedInput, match="group 0 "):
+            ours.load_state_dict(other.state_dict())
+        assert ours.param_groups[0]["lr"] == 0.25 and not ours.param_groups[0].get("amsgrad")
+
+
+@pytest.mark.parametrize("lr", [-1.0, math.nan, math.inf])
+def test_a_learning_rate_that_is_none_is_refused_at_the_step(lr, backend, device):
+    master = torch.ones(4, device=device).requires_grad_()
+    master.grad = torch.ones_like(master)
+    optimizer = FusedAdamW([master], backend=backend)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(UnsupportedInput, match=f"group 0: lr is {lr}"):
+        optimizer.step()
+    assert (master == 1).all()
+
+
+def test_pytorch_s_defaults_for_new_tensors_change_nothing(device, backend):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                master = torch.ones(5, dtype=torch.float32, device=device).requires_grad_()
+                master.grad = torch.full((5,), 0.5, dtype=torch.float32, device=device)
+                FusedAdamW([master], backend=backend).step(gradient_scale=0.5)
+                assert grad_norm([]).device.type == "cpu" and grad_norm([]).dtype == torch.float32
+                norm = grad_norm([master.grad])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append((master.detach(), norm))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_backward_through_an_older_graph_is_refused(device, backend):
+    master = torch.ones(4, device=device).requires_grad_()
+    loss = (master * master).sum()
+    loss.backward(retain_graph=True)
+    FusedAdamW([master], backend=backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
