@@ -22,6 +22,7 @@ class Ranks:
     def __init__(self, launch: Launch = ALONE) -> None:
         self.rank = launch.rank
         self.world_size = launch.world_size
+        self.local_rank = launch.local_rank
         self.local_world_size = launch.local_world_size
 
     def barrier(self) -> None:

@@ -1,7 +1,6 @@
 """`fastgpt train`: from settings to a finished run."""
 
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import ShardSource
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
+from fastgpt.engine.host import available_cores, prepare_host
 from fastgpt.engine.precision import resolve_device, resolve_precision
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
@@ -192,15 +192,14 @@ class _Run:
         if self.plan.saved:
             config = keep_resolved(config, self.plan.saved)
         backend = ops_for(config.kernels.backend, self.device).name
-        precision = resolve_precision(config.engine.precision, self.device)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = max(1, cores // self.ranks.local_world_size)
-        threads = asked or share
+        share = max(1, len(available_cores()) // self.ranks.local_world_size)
         if not asked and config.engine.threads and config.engine.threads <= share:
-            threads = (
-                config.engine.threads
-            )  # as the run was started; with more ranks on a host the cores are shared anew
-        torch.set_num_threads(threads)
+            asked = config.engine.threads  # as the run was started; with more ranks on a host the cores are shared anew
+        threads = prepare_host(
+            self.device, asked, local_rank=self.ranks.local_rank, local_world_size=self.ranks.local_world_size
+        )
+        # timed with these threads, and by one rank for all
+        precision = self.ranks.on_first(lambda: resolve_precision(config.engine.precision, self.device))
         tree = config.model_dump()
         tree["kernels"]["backend"] = backend
         tree["engine"] |= {"precision": precision, "threads": threads}

@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 
+from fastgpt.engine import precision
 from fastgpt.engine.precision import LossScale, resolve_device, resolve_precision
 from fastgpt.errors import UserError
 
@@ -62,11 +63,19 @@ def test_fp16_on_a_cpu_is_refused() -> None:
         resolve_precision("fp16", CPU)
 
 
-def test_auto_says_why(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("bf16_seconds", "chosen"), [(1.0, "bf16"), (1.9, "fp32"), (3.0, "fp32")])
+def test_auto_is_what_multiplies_faster_and_says_why(
+    bf16_seconds: float, chosen: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seconds = {torch.float32: 2.0, torch.bfloat16: bf16_seconds}
+    monkeypatch.setattr(precision, "product_seconds", seconds.__getitem__)
     with caplog.at_level(logging.INFO):
-        chosen = resolve_precision("auto", CPU)
-    assert chosen in ("fp32", "bf16")
-    assert f"auto: {chosen}, because" in caplog.text
+        assert resolve_precision("auto", CPU) == chosen
+    assert f"auto: {chosen}, because bf16 products are {2.0 / bf16_seconds:.1f} times as fast" in caplog.text
+
+
+def test_products_are_timed() -> None:
+    assert 0.0 < precision.product_seconds(torch.float32) < 10.0
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

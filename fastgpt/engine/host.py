@@ -1,0 +1,58 @@
+"""What a process asks of its CPU and its C library before it trains: cores, threads, and memory that stays."""
+
+import ctypes
+import logging
+import os
+import sys
+
+import torch
+
+log = logging.getLogger(__name__)
+
+# of glibc's mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST = 2**31 - 1
+
+
+def prepare_host(device: torch.device, threads: int | None, *, local_rank: int = 0, local_world_size: int = 1) -> int:
+    """Set the threads of this rank, on a CPU its cores too, and let memory that is freed stay with the process.
+
+    Args:
+        device: what the run computes on.
+        threads: asked for; None shares the cores between the ranks of this host.
+        local_rank: number of this rank among those of this host.
+        local_world_size: ranks of this host.
+
+    Returns:
+        The number of threads.
+    """
+    cores = available_cores()
+    threads = threads or max(1, len(cores) // local_world_size)
+    # a launcher may have bound each rank already: then there are no cores to share out
+    if device.type == "cpu" and local_world_size > 1 and threads * local_world_size <= len(cores):
+        os.sched_setaffinity(0, cores[local_rank * threads : (local_rank + 1) * threads])
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return threads
+
+
+def available_cores() -> list[int]:
+    """The cores that this process may run on, in order."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep large blocks for the next step; whether it could be told.
+
+    By default it maps each large block anew and returns it to the kernel when it is freed, so that every activation of
+    every step is memory that the kernel has to clear, page by page, at its first use.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):  # musl's allocator has no such thresholds
+        return False
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST) and libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST))
