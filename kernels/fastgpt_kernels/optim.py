@@ -350,13 +350,12 @@ def _norm_by_torch(xs: Sequence[Tensor]) -> Tensor:
     """The norm of chunks in float32, then of those norms in float64."""
     parts = []
     for x in xs:
-        flat = x.reshape(-1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        whole = flat.numel() // NORM_CHUNK * NORM_CHUNK
-        if whole:
-            parts.append(torch.linalg.vector_norm(flat[:whole].view(-1, NORM_CHUNK), dim=1, dtype=dtype).double())
-        if whole < flat.numel():
-            parts.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).double().view(1))
+        for piece in _widened(x.reshape(-1)):
+            whole = piece.numel() // NORM_CHUNK * NORM_CHUNK
+            if whole:
+                parts.append(torch.linalg.vector_norm(piece[:whole].view(-1, NORM_CHUNK), dim=1).double())
+            if whole < piece.numel():
+                parts.append(torch.linalg.vector_norm(piece[whole:]).double().view(1))
     if not parts:
         return torch.zeros((), device=xs[0].device)
     norm: Tensor = torch.linalg.vector_norm(torch.cat(parts))
@@ -364,6 +363,18 @@ def _norm_by_torch(xs: Sequence[Tensor]) -> Tensor:
     if not 1e-15 < norm.item() < math.inf:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x.double()) for x in xs]))
     return norm.float()
+
+
+def _widened(flat: Tensor) -> Iterator[Tensor]:
+    """All of a tensor in float32 at least; 16 bits piece by piece, each in the cache and overwritten by the next."""
+    if flat.dtype not in WORKING:
+        yield flat
+        return
+    size = UPDATE_CHUNK * torch.get_num_threads()
+    memory = torch.empty(min(size, flat.numel()), dtype=torch.float32, device=flat.device)
+    for start in range(0, flat.numel(), size):
+        piece = flat[start : start + size]
+        yield memory[: piece.numel()].copy_(piece)
 
 
 def _on_device(backend: OptimBackend, device: torch.device) -> Literal["triton", "torch"]:
