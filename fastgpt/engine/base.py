@@ -1,5 +1,7 @@
 """What every engine does: updates from batches, losses for evaluation, logits for samples, state to and from disk."""
 
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,14 +26,28 @@ class Update(NamedTuple):
     applied: bool  # False: gradients overflowed (fp16) or were not finite, the weights are as they were
 
 
+class Pending:
+    """An update that has been begun. The device may still be computing it: to read it waits."""
+
+    def __init__(self, read: Callable[[], Update], *, done: bool) -> None:
+        """Keep what makes the update known; `done` where that waits for nothing."""
+        self._read = read
+        self.done = done
+
+    @cached_property
+    def update(self) -> Update:
+        """The update, computed. Every rank reads it, in the order of the updates."""
+        return self._read()
+
+
 class Engine(Protocol):
     """Turns batches into updates. Each method is collective: all ranks call it together."""
 
     ranks: Ranks
     step: int  # updates so far, skipped ones included
 
-    def update(self, batch: Batch) -> Update:
-        """One update from this rank's micro-batches."""
+    def update(self, batch: Batch) -> Pending:
+        """Begin one update from this rank's micro-batches."""
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
         """Summed loss (nats) of this rank's batch, dropout off; targets of -100 do not count."""

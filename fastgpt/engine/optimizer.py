@@ -1,5 +1,6 @@
 """The optimizer and the clipping of gradients, as both engines use them."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,3 +60,19 @@ def clip_factor(norm: float, clip: float | None) -> float:
     """What brings gradients of a finite global L2 norm to a norm of at most `clip`."""
     # the form of the quotient is DeepSpeed's, so that both engines round alike
     return 1.0 / max(1.0, (norm + 1e-6) / clip) if clip else 1.0
+
+
+def gradient_factor(norm: Tensor, clip: float | None, scale: float) -> Tensor:
+    """What brings the sum of gradients times a loss scale to a norm of at most `clip`, on the device of the norm.
+
+    Args:
+        norm: global L2 norm, without the loss scale; a scalar.
+        clip: largest norm; None leaves gradients as they are.
+        scale: the loss scale.
+
+    Returns:
+        A float32 scalar: NaN where the norm is not finite, at which the optimizer leaves everything as it is.
+    """
+    norm = norm.double()
+    factor = torch.ones_like(norm) if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0).reciprocal()
+    return torch.where(norm.isfinite(), factor / scale, math.nan).float()

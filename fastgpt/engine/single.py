@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
-from fastgpt.engine.base import Update, dropout_seed, global_loss
-from fastgpt.engine.optimizer import adam, clip_factor, optimizer_backend, set_learning_rate
+from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.host import to_device
+from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -42,33 +43,39 @@ class SingleProcess:
         shapes = {name: p.shape for name, p in self._weights.items()}
         working = zip(self._masters.values(), self._weights.values(), strict=True) if self._low else ()
         self._optimizer = adam(self._masters, shapes, config.train, config.kernels, working)
-        self._adam_step = 0
         self._scale = LossScale() if precision == "fp16" else None
         # fp32 sums of gradients in 16 bits, by the name of the weight
         self._sums: dict[str, Tensor] = {}
         self._sampler: CachedLogits | None = None
 
-    def update(self, batch: Batch) -> Update:
-        """One update from all micro-batches of the batch."""
+    def update(self, batch: Batch) -> Pending:
+        """Begin one update from all micro-batches of the batch.
+
+        On a GPU the host goes on while the device computes: it waits when the update is read, and under fp16, whose
+        next loss scale depends on this update.
+        """
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
         losses = [
-            self._accumulate(torch.from_numpy(tokens).to(self._device), index)
+            self._accumulate(to_device(tokens, self._device), index)
             for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
         ]
         scale = self._scale.scale if self._scale else 1.0
-        norm = float(grad_norm(self._gradients(), backend=optimizer_backend(self._config.kernels))) / scale
-        applied = math.isfinite(norm)
-        if applied:
-            set_learning_rate(self._optimizer, rate)
-            self._optimizer.step(gradient_scale=clip_factor(norm, self._config.train.clip) / scale)
-            self._adam_step += 1
-            self._sampler = None
+        norm = grad_norm(self._gradients(), backend=optimizer_backend(self._config.kernels)) / scale
+        set_learning_rate(self._optimizer, rate)
+        self._optimizer.step(gradient_scale=gradient_factor(norm, self._config.train.clip, scale))
+        self._sampler = None
         if self._scale:
-            self._scale.update(overflow=not applied)
+            self._scale.update(overflow=not norm.isfinite())
         for parameter in (*self._masters.values(), *self._weights.values()):
             parameter.grad = None
-        return Update(self.step, global_loss(self.ranks, losses), norm if applied else math.inf, rate, applied)
+
+        def read(step: int = self.step) -> Update:
+            loss, size = global_loss(self.ranks, losses), float(norm)
+            applied = math.isfinite(size)
+            return Update(step, loss, size if applied else math.inf, rate, applied)
+
+        return Pending(read, done=self._device.type == "cpu" or self._scale is not None)
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
         """Summed loss (nats) of a batch, dropout off."""
@@ -91,14 +98,14 @@ class SingleProcess:
     def write(self, folder: Path) -> None:
         """Write masters and moments."""
         scale = self._scale or LossScale()
-        progress = Progress(self.step, self._adam_step, scale.scale, scale.clean)
+        progress = Progress(self.step, self._updates_applied(), scale.scale, scale.clean)
         write_state(folder, 0, self._fragments(), self._optimizer, progress)
 
     def read(self, folder: Path) -> None:
         """Take up a training state, whatever engine and world size wrote it."""
         check_parameters(folder, list(self._weights))
         progress = read_state(folder, self._fragments(), self._optimizer)
-        self.step, self._adam_step = progress.step, progress.adam_step
+        self.step = progress.step
         if self._scale:
             self._scale = restored_scale(progress)
         self._sampler = None
@@ -146,6 +153,10 @@ class SingleProcess:
     @torch.no_grad()
     def _round_masters(self) -> None:
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
+
+    def _updates_applied(self) -> int:
+        """The optimizer counts them, on the device."""
+        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
     def _fragments(self) -> list[Fragment]:
         return [Fragment(name, 0, m.numel(), m, 0) for name, m in self._masters.items()]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
-from fastgpt.engine.base import Update, dropout_seed, global_loss
+from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
+from fastgpt.engine.host import to_device
 from fastgpt.engine.layouts import PlainLayout, layout_of
 from fastgpt.engine.optimizer import adam, clip_factor, optimizer_backend, set_learning_rate
 from fastgpt.engine.precision import DTYPES, LossScale
@@ -69,8 +70,8 @@ class DeepSpeedZero:
         self._layout = layout_of(self._engine.optimizer, self._stage, self._weights, ranks)
         self._sampler: CachedLogits | None = None
 
-    def update(self, batch: Batch) -> Update:
-        """One update from this rank's micro-batches."""
+    def update(self, batch: Batch) -> Pending:
+        """Begin one update from this rank's micro-batches."""
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
         set_learning_rate(self._layout.optimizer, rate)
@@ -79,7 +80,7 @@ class DeepSpeedZero:
         losses = []
         self._engine.train()
         for position, (tokens, index) in enumerate(zip(batch.tokens, batch.micro_batches, strict=True)):
-            loss = self._loss(torch.from_numpy(tokens).to(self._device), index)
+            loss = self._loss(to_device(tokens, self._device), index)
             self._engine.backward(loss)
             if position == len(batch.tokens) - 1 and isinstance(self._layout, PlainLayout):
                 norm = self._clip()
@@ -89,9 +90,14 @@ class DeepSpeedZero:
             applied = math.isfinite(norm)
         else:
             applied = self._engine.skipped_steps == skipped
-            norm = float(self._engine.get_global_grad_norm())
+            norm = self._engine.get_global_grad_norm()
         self._adam_step += applied
-        return Update(self.step, global_loss(self.ranks, losses), norm if applied else math.inf, rate, applied)
+
+        def read(step: int = self.step) -> Update:
+            size = float(norm) if applied else math.inf
+            return Update(step, global_loss(self.ranks, losses), size, rate, applied)
+
+        return Pending(read, done=self._device.type == "cpu")
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
         """Summed loss (nats) of this rank's batch, dropout off."""

@@ -138,6 +138,10 @@ class Reporter:
         """Show where the run starts."""
         self._display.start(step, self._steps)
 
+    def looks_at(self, step: int) -> bool:
+        """It shows what it is told."""
+        return False
+
     def after(self, measured: Measured) -> None:
         """Show an update."""
         self._display.update(measured.update.step, self._text(measured.update, measured.tokens_per_second))

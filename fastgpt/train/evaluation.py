@@ -47,10 +47,15 @@ class Evaluation:
         if step == 0:
             self.validate(tokens=0, learning_rate=0.0)
 
+    def looks_at(self, step: int) -> bool:
+        """When it is time."""
+        train = self._config.train
+        return step == train.steps or bool(train.eval_every and step % train.eval_every == 0)
+
     def after(self, measured: Measured) -> None:
         """Validate when it is time."""
-        train, update = self._config.train, measured.update
-        if update.step == train.steps or (train.eval_every and update.step % train.eval_every == 0):
+        update = measured.update
+        if self.looks_at(update.step):
             self.validate(tokens=measured.tokens, learning_rate=update.learning_rate)
 
     def validate(self, *, tokens: int, learning_rate: float) -> dict[str, Any]:

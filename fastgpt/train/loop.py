@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from fastgpt.data.source import Batch
-from fastgpt.engine.base import Engine
+from fastgpt.engine.base import Engine, Pending
 from fastgpt.train.watchers import Measured, Watcher
 
 
@@ -22,10 +22,18 @@ def train(
     """
     for watcher in watchers:
         watcher.begin(engine.step)
+    waiting: list[Pending] = []
     while engine.step < steps:
         start = time.perf_counter()
-        update = engine.update(next(batches))
-        seconds = time.perf_counter() - start
-        measured = Measured(update, tokens=update.step * batch_tokens, tokens_per_second=batch_tokens / seconds)
-        for watcher in watchers:
-            watcher.after(measured)
+        waiting.append(engine.update(next(batches)))
+        # While a GPU computes this update, the one before it is told of. Not so where a watcher is about to look at the
+        # engine, which has to stand at the update that is told.
+        to_the_last = waiting[-1].done or engine.step == steps or any(w.looks_at(engine.step) for w in watchers)
+        told = len(waiting) if to_the_last else len(waiting) - 1
+        updates = [pending.update for pending in waiting[:told]]
+        del waiting[:told]
+        rate = batch_tokens / (time.perf_counter() - start)
+        for update in updates:
+            measured = Measured(update, tokens=update.step * batch_tokens, tokens_per_second=rate)
+            for watcher in watchers:
+                watcher.after(measured)

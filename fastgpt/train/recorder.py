@@ -33,6 +33,10 @@ class Recorder:
     def begin(self, step: int) -> None:
         """Nothing to do."""
 
+    def looks_at(self, step: int) -> bool:
+        """It records what it is told."""
+        return False
+
     def after(self, measured: Measured) -> None:
         """Record an update."""
         update = measured.update

@@ -52,9 +52,14 @@ class Saver:
         self._save_model = save_model
         self._before = before
         self._signal: int | None = None
+        self._interrupted = False  # by a signal to any rank; all ranks know it at once
 
     def begin(self, step: int) -> None:
         """Nothing to do."""
+
+    def looks_at(self, step: int) -> bool:
+        """When it is time, or a signal has come."""
+        return self._interrupted or step == self._steps or bool(self._every and step % self._every == 0)
 
     def after(self, measured: Measured) -> None:
         """Save when it is time.
@@ -63,14 +68,17 @@ class Saver:
             Interrupted: a signal came; the checkpoint is written.
         """
         step = measured.update.step
-        interrupted = self._engine.ranks.any(self._signal is not None)
-        if step == self._steps or interrupted or (self._every and step % self._every == 0):
+        if not self._interrupted:
+            self._interrupted = self._engine.ranks.any(self._signal is not None)
+        if step != self._engine.step:
+            return  # the next update is under way: from now on `looks_at` asks for none
+        if self.looks_at(step):
             self._before()
             state = self._state | {"tokens": measured.tokens}
             # the model last: gathering it takes all ranks
             writes = (self._engine.write, lambda folder: self._save_model(folder / "model"))
             self._store.save(step, state, writes, self._engine.ranks)
-        if interrupted and step < self._steps:
+        if self._interrupted and step < self._steps:
             raise Interrupted(self._signal or signal.SIGTERM, step)
 
     @contextmanager

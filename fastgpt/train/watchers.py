@@ -21,8 +21,11 @@ class Watcher(Protocol):
     def begin(self, step: int) -> None:
         """Before the first update of this process; `step` updates were done before."""
 
+    def looks_at(self, step: int) -> bool:
+        """Whether it will look at the engine as it stands after this update; the same on every rank."""
+
     def after(self, measured: Measured) -> None:
-        """After each update."""
+        """After each update. The engine may have begun the next one, unless `looks_at` said otherwise."""
 
 
 class Guard:
@@ -33,6 +36,10 @@ class Guard:
 
     def begin(self, step: int) -> None:
         """Nothing to do."""
+
+    def looks_at(self, step: int) -> bool:
+        """The loss is all it looks at."""
+        return False
 
     def after(self, measured: Measured) -> None:
         """Look at the loss.

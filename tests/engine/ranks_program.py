@@ -95,7 +95,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     ).batches(engine.step)
     updates = []
     while engine.step < scenario["steps"]:
-        updates.append(engine.update(next(source))._asdict())
+        updates.append(engine.update(next(source)).update._asdict())
     if scenario.get("write"):
         folder = Path(scenario["write"])
         folder.mkdir(parents=True, exist_ok=True)
