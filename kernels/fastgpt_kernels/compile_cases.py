@@ -154,8 +154,8 @@ def linear_gelu_case(
 def attention_cases(entry: Entry) -> Iterator[Case]:
     """What an entry of the table is for.
 
-    In the gate, the chosen tiles at the entry's head size; beyond it, those at every other head size and dtype that
-    takes them, and the other candidates, of which only the shared memory is limited.
+    In the gate, the chosen tiles at the entry's head size, on Hopper in both 16-bit dtypes; beyond it, those at every
+    other head size and dtype that takes them, and the other candidates, of which only the shared memory is limited.
     """
     alike = (other.head_size for other in tiles.entries() if other[:3] == entry[:3] and other.extras == entry.extras)
     smaller = max((head_size for head_size in alike if head_size < entry.head_size), default=0)
@@ -164,11 +164,17 @@ def attention_cases(entry: Entry) -> Iterator[Case]:
     for D in sizes:
         for dtype in dtypes:
             for variant in VARIANTS[entry.extras]:
-                gate = (D, dtype, variant) == (sizes[-1], dtypes[0], VARIANTS[entry.extras][0])
+                gate = sizes[-1] == D and variant == VARIANTS[entry.extras][0]
+                gate &= dtype == dtypes[0] or _is_plain_wgmma(entry)
                 yield attention_case(entry, D, dtype, variant, gate=gate)
     for candidate in entry.candidates:
         if candidate != entry.tiles:
             yield attention_case(entry, sizes[-1], dtypes[0], VARIANTS[entry.extras][0], candidate, gate=False)
+
+
+def _is_plain_wgmma(entry: Entry) -> bool:
+    """Whether the gate has float16 beside bfloat16: Hopper's matrix instructions must be there for both."""
+    return entry.arch == "sm_90" and entry.bits == 16 and entry.head_size <= WGMMA_HEAD_SIZE and not entry.extras
 
 
 def attention_case(

@@ -38,6 +38,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastgpt_kernels import launch, tiles
+from fastgpt_kernels.arguments import file_to_read, file_to_write, positive_integer
 from fastgpt_kernels.compile_cases import Case, cases
 from fastgpt_kernels.tiles import ARCHITECTURES
 
@@ -52,6 +53,9 @@ SHARED_MEMORY = {
 }
 TENSOR_MEMORY = 512  # columns of a multiprocessor, sm_100
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
+
+
+INTERPRETED = "nothing is compiled under TRITON_INTERPRET=1: unset it"
 
 
 class Compiled(NamedTuple):
@@ -114,7 +118,7 @@ class OfflineDriver:
 def compile_case(case: Case, arch: str) -> list[Compiled]:
     """Compile what one case launches, for one of the `ARCHITECTURES`."""
     if launch.INTERPRETED:
-        raise RuntimeError("nothing is compiled under TRITON_INTERPRET=1: unset it")
+        raise RuntimeError(INTERPRETED)
     compiled: list[Compiled] = []
     run = JITFunction.run
 
@@ -344,13 +348,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", nargs="+", default=[], help="only cases with all of these words: D=64 plain bfloat16")
     parser.add_argument("--gate", action="store_true", help="only the cases that CI compiles")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--markdown", type=Path, help="write the page of docs to this file; with --gate")
+    parser.add_argument("--jobs", type=positive_integer, default=1, help="processes")
+    parser.add_argument("--json", type=file_to_write, help="also write the rows to this file")
+    parser.add_argument("--markdown", type=file_to_write, help="write the page of docs to this file; with --gate")
     parser.add_argument(
-        "--beside", type=Path, nargs="+", default=[], help="files of --json, for the page of --markdown"
+        "--beside", type=file_to_read, nargs="+", default=[], help="files of --json, for the page of --markdown"
     )
     options = parser.parse_args(arguments)
+    if launch.INTERPRETED:
+        parser.error(INTERPRETED)
+    if options.beside and not options.markdown:
+        parser.error("--beside is for the page of --markdown")
     whole = options.operations == operations and not options.only
     if options.markdown and not (options.gate and whole and list(options.arch) == list(ARCHITECTURES)):
         parser.error("--markdown needs --gate, and all of it")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import triton
 
 from fastgpt_kernels import attention_kernels, tiles
+from fastgpt_kernels.arguments import file_to_write, positive_integer
 from fastgpt_kernels.compile_cases import BF16, FP32, VARIANTS, attention_case
 from fastgpt_kernels.compile_report import compile_case
 from fastgpt_kernels.tiles import ARCHITECTURES, KERNELS, Entry, Tiles
@@ -183,22 +184,24 @@ def chosen(line: Entry, known: Iterable[Finding]) -> Entry:
     return line._replace(candidates=tuple(candidates), chosen=candidates.index(best), spill_budget=spills[best])
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compile, or write the table."""
     parser = argparse.ArgumentParser(
         prog="python -m fastgpt_kernels.tile_search",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--findings", type=Path, required=True, help="where they are kept: a line of JSON each")
+    parser.add_argument(
+        "--findings", type=file_to_write, required=True, help="where they are kept: a line of JSON each"
+    )
     parser.add_argument("--write", action="store_true", help="write the table from the findings")
-    parser.add_argument("--enough", type=int, default=1, help="candidates that spill nothing, per line")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--enough", type=positive_integer, default=1, help="candidates that spill nothing, per line")
+    parser.add_argument("--jobs", type=positive_integer, default=1, help="processes")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=(16, 32))
     parser.add_argument("--head-size", nargs="+", type=int, choices=HEAD_SIZES, default=HEAD_SIZES)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     known: dict[tuple[object, ...], list[Finding]] = {}
     for finding in read(arguments.findings):

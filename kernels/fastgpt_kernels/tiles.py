@@ -7,7 +7,8 @@ The table is `attention_tiles.json`, one entry a line:
     bits          16 or 32: of the dtype
     head_size     the largest that the entry is for
     extras        true: for calls with dropout, a window or documents, which take registers; false: with none of them
-    candidates    [BLOCK_M, BLOCK_N, num_warps, num_stages] of every choice, each within the shared memory
+    candidates    [BLOCK_M, BLOCK_N, num_warps, num_stages] of every choice; the gate compiles the one in use, and the
+                  tuner passes over those that spill more or do not fit
     chosen        the index of the one in use
     chosen_by     "compiler" (its registers, spills and shared memory), or the GPU and the day of a measurement
     spill_budget  bytes that the chosen one may spill (stores and loads of a thread); 0 up to head size 128

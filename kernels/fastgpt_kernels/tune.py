@@ -544,7 +544,7 @@ def main(argv: Sequence[str] | None = None, timer: Timer = milliseconds) -> int:
         parsing.error("--toy measures nothing: name a folder with --out, the package's tables are left alone")
     if arguments.out is not None and not arguments.out.is_dir():
         parsing.error(f"--out is {arguments.out}, which is not a folder")
-    if arguments.seconds <= 0:
+    if not arguments.seconds > 0:  # NaN neither
         parsing.error(f"--seconds is {arguments.seconds:g}; it must be positive")
     if arguments.jobs < 1:
         parsing.error(f"--jobs is {arguments.jobs}; it must be positive")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastgpt_kernels import compile_cases, compile_report, launch, tiles
+from fastgpt_kernels import compile_cases, compile_report, launch, tile_search, tiles, tune
 from fastgpt_kernels.compile_report import Compiled
 from fastgpt_kernels.tiles import ARCHITECTURES
 from triton.runtime.interpreter import GridExecutor
@@ -137,7 +137,10 @@ def test_the_gate_has_each_line_of_the_table_once():
         (case,) = (case for case in gate if (case.arch, case.kernel, case.size, case.dtype) == key)
         assert case.tiles is None and case.spill_budget == entry.spill_budget
         assert (case.instruction == "wgmma") == (entry.arch == "sm_90" and entry.bits == 16 and entry.head_size <= 128)
-    assert len(gate) == len(tiles.entries())
+    doubled = {(case.kernel, case.size) for case in gate if case.dtype == torch.float16}
+    assert doubled == {(kernel, f"D={D} plain") for kernel in tiles.KERNELS for D in (64, 80, 96, 128)}
+    assert all(case.instruction == "wgmma" for case in gate if case.dtype == torch.float16)
+    assert len(gate) == len(tiles.entries()) + len(doubled)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +181,7 @@ def test_a_kernel_that_was_left_out_is_named():
 )
 def test_the_exit_code_says_whether_all_is_well(options, row, code, monkeypatch, capsys):
     monkeypatch.setattr(compile_report, "compile_all", lambda work, jobs: iter([[row]]))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     assert compile_report.main(options) == code
     printed = capsys.readouterr().out
     assert ("gelu.gelu_forward_kernel was not compiled for sm_80" in printed) == (options == ["--gate"])
@@ -186,6 +190,7 @@ def test_the_exit_code_says_whether_all_is_well(options, row, code, monkeypatch,
 
 def test_nothing_to_compile_is_no_success(monkeypatch):
     monkeypatch.setattr(compile_report, "compile_all", lambda work, jobs: iter([]))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     assert compile_report.main(["--only", "D=65"]) == 1
 
 
@@ -199,10 +204,39 @@ def test_the_page_has_both_versions_where_they_differ(tmp_path):
     assert row == f"| attention: forward | D=64 plain | bfloat16 | 128x64 w8 s3 | {cells}"
 
 
-def test_a_page_of_part_of_the_gate_is_refused(tmp_path, capsys):
+def test_a_page_of_part_of_the_gate_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(SystemExit):
         compile_report.main(["--gate", "--arch", "sm_90", "--markdown", str(tmp_path / "page.md")])
     assert "--markdown needs --gate, and all of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "reason"),
+    [
+        (compile_report, ["--jobs", "0"], "--jobs: must be an integer of at least 1, not '0'"),
+        (compile_report, ["--json", "nowhere/rows.json"], "--json: nowhere/rows.json cannot be written"),
+        (compile_report, ["--markdown", "."], "--markdown: . is a folder"),
+        (compile_report, ["--beside", "missing.json"], "--beside: missing.json is no file"),
+        (compile_report, ["--beside", __file__], "--beside is for the page of --markdown"),
+        (tile_search, ["--findings", "nowhere/findings"], "--findings: nowhere/findings cannot be written"),
+        (tile_search, ["--findings", "x", "--jobs", "two"], "--jobs: must be an integer of at least 1, not 'two'"),
+        (tune, ["--seconds", "nan"], "--seconds is nan; it must be positive"),
+        (tune, ["--jobs", "-1"], "--jobs is -1; it must be positive"),
+    ],
+)
+def test_a_mistake_in_a_command_is_told_in_a_line_before_any_work(module, words, reason, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(SystemExit) as stop:
+        module.main(words)
+    assert stop.value.code == 2 and reason in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_report_in_the_interpreter_is_refused_in_a_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        compile_report.main([])
+    assert stop.value.code == 2 and "TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def rows_of_page() -> set[tuple[str, ...]]:
@@ -224,6 +258,8 @@ def test_the_page_in_docs_is_about_the_tiles_of_the_table():
         M, N, warps, stages = entry.tiles
         cut = f"{M}x{N} w{warps} s{stages}"
         expected.add((entry.arch, f"attention: {entry.kernel}", f"D={entry.head_size} {variant}", dtype, cut))
+        if compile_cases._is_plain_wgmma(entry):
+            expected.add((entry.arch, f"attention: {entry.kernel}", f"D={entry.head_size} {variant}", "float16", cut))
     described = {row for row in rows_of_page() if row[1].startswith("attention: ") and "documents" not in row[1]}
     assert described == expected, "the table of tiles has changed: make kernels-compiled"
 
