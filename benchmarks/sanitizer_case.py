@@ -105,12 +105,13 @@ def dropout_add(ops: Ops, draw: Callable[..., Tensor]) -> Iterator[object]:
 
 
 def cross_entropy(ops: Ops, draw: Callable[..., Tensor]) -> Iterator[object]:
-    """Rows that do not count, few words and GPT-2's, with the gradient beside the logits and over them."""
+    """Rows that do not count, few words and GPT-2's, the gradient beside the logits, over them, and in one pass."""
     for rows, V in ((5, 3), (4, 1023), (3, 50_257)):
         targets = torch.arange(rows, device=DEVICE) * 7919 % V
         targets[1] = -100
         yield ops.cross_entropy(draw(rows, V), targets)
-        yield ops.cross_entropy(draw(rows, V) * 1.0, targets, consume=True)
+        for expected in (None, 1.0, 0.5):
+            yield ops.cross_entropy(draw(rows, V) * 1.0, targets, consume=True, expected_gradient=expected)
 
 
 def linear_cross_entropy(ops: Ops, draw: Callable[..., Tensor]) -> Iterator[object]:

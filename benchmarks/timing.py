@@ -97,12 +97,20 @@ def step(call: Callable[..., Any], inputs: Sequence[Tensor], direction: str) -> 
         return lambda: call(*arguments)
     result = call(*arguments)
     outs = result if isinstance(result, tuple) else (result,)
-    # random, because hardware can be faster where the numbers are simple
     generator = torch.Generator(leaves[0].device).manual_seed(1)
-    douts = [torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype) for out in outs]
+    douts = [incoming(out, generator) for out in outs]
     if direction == "backward":
         return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
     return lambda: torch.autograd.grad(call(*arguments), leaves, douts)
+
+
+def incoming(out: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The gradient of an output, the first one's without a generator.
+
+    Random, because hardware can be faster where the numbers are simple.
+    """
+    generator = generator or torch.Generator(out.device).manual_seed(1)
+    return torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
 
 
 def prepare(

@@ -116,14 +116,15 @@ class SingleProcess:
         """Add one micro-batch's gradient to the masters'; returns its mean loss. tokens (B, T + 1)."""
         config = self._config
         self._model.train()
+        factor = (self._scale.scale if self._scale else 1.0) / config.micro_batches
         loss: Tensor = self._model(
             tokens[:, :-1],
             targets=tokens[:, 1:],
             dropout_seed=dropout_seed(config, self.step, micro_batch),
             checkpoint_activations=config.train.activation_checkpointing,
+            loss_gradient=factor,
         )
-        scale = self._scale.scale if self._scale else 1.0
-        (loss * (scale / config.micro_batches)).backward()  # type: ignore[no-untyped-call]
+        (loss * factor).backward()  # type: ignore[no-untyped-call]
         if self._low and config.micro_batches > 1:
             self._add_up()
         return loss.detach()

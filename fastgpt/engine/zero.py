@@ -161,8 +161,17 @@ class DeepSpeedZero:
             targets=tokens[:, 1:],
             dropout_seed=dropout_seed(self._config, self.step, micro_batch),
             checkpoint_activations=self._config.train.activation_checkpointing,
+            loss_gradient=self._loss_gradient(),
         )
         return loss
+
+    def _loss_gradient(self) -> float | None:
+        """What DeepSpeed's `backward` multiplies the loss by."""
+        share = 1.0 / float(self._engine.gradient_accumulation_steps())
+        if self._precision != "fp16":
+            return share
+        # at stage 0 DeepSpeed 0.19 keeps a scale that its `backward` leaves out
+        return share * self._layout.loss_scale().scale if self._stage > 0 else None
 
     def _clip(self) -> float:
         """Clip the reduced gradients where DeepSpeed does not; gradients that are not finite are dropped."""

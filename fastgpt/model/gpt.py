@@ -45,6 +45,7 @@ class GPT(nn.Module):
         checkpoint_activations: bool = False,
         cache: KeyValueCache | None = None,
         last_only: bool = False,
+        loss_gradient: float | Tensor | None = None,
     ) -> Tensor:
         """Logits of the token that follows each position, or how well they tell the targets.
 
@@ -56,6 +57,8 @@ class GPT(nn.Module):
             checkpoint_activations: keep only each block's input for the backward pass, which recomputes the rest.
             cache: of the tokens before these, which are added to it. Positions count from its first.
             last_only: compute the logits of the last position only.
+            loss_gradient: what the caller will multiply the loss by before its backward pass, a number or one float32;
+                not needed, but known in advance it saves a pass over the logits.
 
         Returns:
             (B, T, V), or (B, V) with `last_only`, in the dtype of the parameters. With targets the loss in nats, in
@@ -70,7 +73,8 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         # nobody else has these logits: their memory is free to take their gradient
-        return language_model_loss(self.ops, logits, targets, reduction, consume=torch.is_grad_enabled())
+        consume = torch.is_grad_enabled()
+        return language_model_loss(self.ops, logits, targets, reduction, consume=consume, loss_gradient=loss_gradient)
 
     def hidden(
         self,

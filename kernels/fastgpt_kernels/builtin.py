@@ -108,6 +108,7 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     consume: bool = False,
+    expected_gradient: float | Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.cross_entropy`."""
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)

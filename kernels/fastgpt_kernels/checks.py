@@ -114,12 +114,15 @@ def against_embedding(
     return reasons
 
 
-def against_cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> list[str]:
+def against_cross_entropy(
+    logits: Tensor, targets: Tensor, reduction: str, expected_gradient: float | Tensor | None = None
+) -> list[str]:
     """Reasons against the losses of logits (rows, V) at targets (rows,)."""
     reasons = against_no_floats(logits, "logits") + against_reduction(reduction)
     if logits.dim() != 2 or 0 in logits.shape[1:]:
         reasons.append(f"logits has shape {tuple(logits.shape)}; it must be (rows, V)")
-    return reasons + against_targets(targets, logits, "logits")
+    reasons += against_targets(targets, logits, "logits")
+    return reasons + against_expected_gradient(expected_gradient, logits, "logits")
 
 
 def against_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> list[str]:
@@ -172,6 +175,25 @@ def against_reduction(reduction: str) -> list[str]:
     if reduction in ("mean", "sum", "none"):
         return []
     return [f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'"]
+
+
+def against_expected_gradient(expected: float | Tensor | None, other: Tensor, other_name: str) -> list[str]:
+    """Reasons against the gradient that a caller announces for a result; the value of a tensor is not looked at."""
+    if expected is None:
+        return []
+    if not isinstance(expected, Tensor):
+        if math.isfinite(expected) and expected != 0.0:
+            return []
+        return [f"expected_gradient is {expected}; it must be finite and not 0, or None"]
+    reasons = []
+    if expected.dtype != torch.float32 or expected.numel() != 1:
+        reasons.append(
+            f"expected_gradient is a tensor of {expected.numel()} x {expected.dtype}; it must be one float32, a number "
+            "or None"
+        )
+    if expected.device != other.device:
+        reasons.append(f"expected_gradient is on {expected.device} and {other_name} on {other.device}")
+    return reasons
 
 
 def against_targets(targets: Tensor, rows: Tensor, name: str) -> list[str]:

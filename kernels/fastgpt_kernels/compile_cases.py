@@ -231,6 +231,11 @@ def _cross_entropy(V: int, dtype: torch.dtype) -> Callable[[], object]:
         logits, targets = _meta(4096, V, dtype=dtype), _meta(4096, dtype=INT64)
         losses, statistics = cross_entropy.launch_forward(logits, targets, -100)
         cross_entropy.launch_backward(logits, targets, statistics, losses, -100, logits)
+        number = _meta(1, dtype=FP32)
+        cross_entropy.launch_one_pass(logits, targets, number, -100)
+        # the gradient of a mean, and those of the rows
+        cross_entropy.launch_rescale(logits, targets, number.view(()), number, -100)
+        cross_entropy.launch_rescale(logits, targets, losses, number, -100)
 
     return launches
 

@@ -46,6 +46,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def cache_bytes(device: torch.device) -> int:
+    """The size of the L2 cache of a GPU; for the interpreter, 1 MB."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**20
+
+
 def architecture(device: torch.device) -> str:
     """What the tile table calls a device: "sm_90" for an H100, "gfx942" for an MI300, "interpreter" without a GPU."""
     return compiling_for.get() or _architecture(device)

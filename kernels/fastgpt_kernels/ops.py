@@ -124,6 +124,12 @@ class CrossEntropy(Protocol):
     A scalar, or (rows,) for "none", in float32 (float64 for float64). Targets equal to `ignore_index` do not count:
     "mean" divides by those that do, and is NaN where none does. With `consume` the logits are destroyed: their memory
     takes the gradient, once.
+
+    `expected_gradient` is the gradient that will come in for the result, as far as the caller knows it: a finite number
+    other than 0, or a float32 tensor of one element on the logits' device. With `consume` a backend may then write the
+    gradient in the forward, in the pass over the logits that the losses take; another gradient that does come in
+    multiplies what was written, which is rounded a second time. It is a hint: without `consume`, or where the logits
+    have no gradient, it is not used.
     """
 
     def __call__(
@@ -134,6 +140,7 @@ class CrossEntropy(Protocol):
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         consume: bool = False,
+        expected_gradient: float | Tensor | None = None,
     ) -> Tensor: ...
 
 

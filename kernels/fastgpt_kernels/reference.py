@@ -151,9 +151,14 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     consume: bool = False,
+    expected_gradient: float | Tensor | None = None,
 ) -> Tensor:
-    """The negative log-softmax of each row of logits (rows, V) at its target; `consume` changes nothing here."""
-    raise_if_any(checks.against_cross_entropy(logits, targets, reduction), "cross_entropy", "reference", REMEDY)
+    """The negative log-softmax of each row of logits (rows, V) at its target.
+
+    `consume` and `expected_gradient` change nothing here.
+    """
+    reasons = checks.against_cross_entropy(logits, targets, reduction, expected_gradient)
+    raise_if_any(reasons, "cross_entropy", "reference", REMEDY)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counts = targets != ignore_index
     columns = torch.where(counts, targets, 0)[:, None]

@@ -6,6 +6,7 @@ A scenario: {"name", "kind", "stage", "precision", "steps", "overrides"?, "shard
 """
 
 import hashlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.launch import Launch
 from fastgpt.model.gpt import GPT
 
+LOSS = importlib.import_module("fastgpt_kernels.torch_ops.cross_entropy")
 VOCABULARY, CONTEXT, MICRO_BATCH, MICRO_BATCHES = 101, 16, 2, 4
 
 
@@ -94,8 +96,11 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         VOCABULARY, CONTEXT, MICRO_BATCH, config.micro_batches, 7, ranks.rank, ranks.world_size
     ).batches(engine.step)
     updates = []
-    while engine.step < scenario["steps"]:
-        updates.append(engine.update(next(source)).update._asdict())
+    with mock.patch.object(LOSS, "rescale_gradient", wraps=LOSS.rescale_gradient) as backward:
+        while engine.step < scenario["steps"]:
+            updates.append(engine.update(next(source)).update._asdict())
+    arguments = [call.args for call in backward.mock_calls]
+    gradients = [(dresult.item(), expected.item()) for _, _, dresult, expected, _ in arguments]
     if scenario.get("write"):
         folder = Path(scenario["write"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +114,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {
         "start": start,
         "updates": updates,
+        "loss_gradients": gradients,
         "first_forward": first,
         "last_forward": engine.evaluation_loss(probe, probe),
         "sampling_moved": (after - before).abs().max().item(),

@@ -171,6 +171,14 @@ def test_samples_after_an_update_come_from_the_new_weights(results: Results) -> 
             assert max(result["sampling_errors"]) <= 1e-5, name
 
 
+def test_an_engine_announces_the_gradient_that_comes(results: Results) -> None:
+    """So that the loss is one pass over the logits, and its gradient rounded once."""
+    for name, result in results.items():
+        ranks = 1 if name.startswith("single") else 2
+        assert len(result["loss_gradients"]) == 4 // ranks * len(result["updates"]), name
+        assert all(came == announced for came, announced in result["loss_gradients"]), name
+
+
 def test_gradients_were_clipped(results: Results) -> None:
     """The scenarios' clip is below the norms, so the agreement above covers clipping."""
     assert all(u["grad_norm"] > 0.5 for u in results["single-fp32"]["updates"])

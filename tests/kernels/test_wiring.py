@@ -91,6 +91,22 @@ CASES = {
         lambda ops, seed, logits, targets: ops.cross_entropy(logits * 2.0, targets, consume=True, reduction="sum"),
         lambda n: [*normal((n, 41)), below(41, n)],
     ),
+    "cross_entropy, in one pass": Case(
+        lambda ops, seed, logits, targets: ops.cross_entropy(
+            logits * 2.0, targets, consume=True, expected_gradient=1.0
+        ),
+        lambda n: [*normal((n, 41)), below(41, n)],
+    ),
+    "cross_entropy, in one pass, row by row": Case(
+        lambda ops, seed, logits, targets: ops.cross_entropy(
+            logits * 2.0,
+            targets,
+            consume=True,
+            expected_gradient=logits.new_full((1,), 0.5, dtype=torch.float32),
+            reduction="none",
+        ),
+        lambda n: [*normal((n, 41)), below(41, n)],
+    ),
     "linear_cross_entropy": Case(
         lambda ops, seed, x, weight, targets: ops.linear_cross_entropy(x, weight, targets),
         lambda n: [*normal((n, 16), (41, 16)), below(41, n)],

@@ -80,6 +80,19 @@ def test_a_model_given_targets_returns_the_loss_of_its_logits(model: GPT, tokens
     assert loss.shape == (targets.shape if reduction == "none" else ())
 
 
+@pytest.mark.parametrize("announced", [0.25, 0.5])
+def test_a_gradient_known_in_advance_changes_nothing_but_roundings(
+    model: GPT, tokens: Tensor, announced: float
+) -> None:
+    targets = tokens.roll(-1, 1)
+    found = []
+    for loss_gradient in (None, announced):
+        loss = model(tokens, targets=targets, loss_gradient=loss_gradient)
+        found.append([loss.detach(), *torch.autograd.grad(0.25 * loss, list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_only_a_loss_that_gets_a_gradient_consumes_the_logits(model: GPT, tokens: Tensor) -> None:
     consumed: list[bool] = []
     cross_entropy = model.ops.cross_entropy

@@ -8,12 +8,20 @@ over them. Where the logits are float32 already, it works on them where they lie
 the logits: PyTorch's softmax, whose exponential is fast, takes less time than `torch.exp` of what a kept log(sum exp)
 would leave.
 
+Where the caller says which dloss to expect, one pass does it all: a softmax p, whose largest element is
+1 / sum exp(z - m), gives the losses too,
+
+    loss = (m - z_t) - log max_n p_n        m = max_n z_n
+
+and becomes the gradient, which is written over the logits at once. If another dloss comes, the backward multiplies what
+was written by their quotient; on a GPU always, because the host may not wait to know.
+
 dloss multiplies before the only rounding, so that a loss scale acts before float16 could underflow. Each row is summed
 by one thread, in an order that depends on V alone: the results depend neither on the chunks nor on the threads.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +32,11 @@ from fastgpt_kernels.errors import raise_if_any
 
 CHUNK = 2**20  # elements for each thread of a CPU: more would leave its cache, fewer would make it wait more often
 GPU_CHUNK = 2**24  # elements that fill a GPU
+
+# logits, targets, dloss (one element), ignore_index -> the losses, with the gradient left in the logits
+Write: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+# gradient, targets, dresult and expected (one element, or one a row), ignore_index
+Rescale: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, int], None]
 
 CONSUMED = (
     "cross_entropy was called with consume=True, and its backward has already overwritten the logits with their "
@@ -64,6 +77,41 @@ def write_gradient(logits: Tensor, targets: Tensor, dlosses: Tensor, ignore_inde
         torch.softmax(z, -1, out=p).mul_(weights).scatter_add_(-1, columns, -weights)
         if p is buffer:
             written.copy_(p)
+
+
+def write_losses_and_gradient(logits: Tensor, targets: Tensor, dloss: Tensor, ignore_index: int) -> Tensor:
+    """The loss of each row of logits (rows, V), which lie in rows, and over the logits their gradient.
+
+    Args:
+        logits: (rows, V); overwritten.
+        targets: (rows,) int64.
+        dloss: of every row, one element in the dtype of the losses.
+        ignore_index: the target that does not count.
+    """
+    losses = logits.new_empty(logits.shape[0], dtype=_accumulation(logits))
+    for rows, z, buffer in _chunks(logits):
+        counts, columns = _counts_and_columns(targets[rows], ignore_index)
+        weights = torch.where(counts, dloss, 0.0).unsqueeze(-1)
+        # an output of softmax must be contiguous
+        p = z if z.dtype == buffer.dtype and z.is_contiguous() else buffer
+        if p is buffer:
+            p.copy_(z)
+        below_maximum = p.amax(-1) - p.gather(-1, columns).squeeze(-1)
+        torch.softmax(p, -1, out=p)
+        losses[rows] = torch.where(counts, below_maximum - p.amax(-1).log_(), 0.0)
+        p.mul_(weights).scatter_add_(-1, columns, -weights)
+        if p is buffer:
+            z.copy_(p)
+    return losses
+
+
+def rescale_gradient(gradient: Tensor, targets: Tensor, dresult: Tensor, expected: Tensor, ignore_index: int) -> None:
+    """Multiply the rows that count by dresult / expected, one element or one a row; on a CPU unless all are equal."""
+    if gradient.device.type == "cpu" and bool((dresult == expected).all()):
+        return
+    ratios = torch.where(targets != ignore_index, dresult / expected, 1.0).unsqueeze(-1)
+    for rows, dz, _ in _chunks(gradient):
+        dz.mul_(ratios[rows])
 
 
 def _accumulation(logits: Tensor) -> torch.dtype:
@@ -153,6 +201,76 @@ def _differentiate(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
 _losses.register_autograd(_differentiate, setup_context=_setup)
 
 
+@torch.library.custom_op("fastgpt::cross_entropy_by_torch_one_pass_", mutates_args=("logits",))
+def _losses_and_gradient(logits: Tensor, targets: Tensor, dloss: Tensor, ignore_index: int) -> Tensor:
+    raise_if_any(against_columns(targets, logits.shape[1], ignore_index), "cross_entropy", "torch", REMEDY)
+    return write_losses_and_gradient(logits, targets, dloss, ignore_index)
+
+
+@_losses_and_gradient.register_fake
+def _(logits: Tensor, targets: Tensor, dloss: Tensor, ignore_index: int) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=_accumulation(logits))
+
+
+@torch.library.custom_op("fastgpt::cross_entropy_by_torch_rescale_", mutates_args=("gradient",))
+def _rescale(gradient: Tensor, targets: Tensor, dresult: Tensor, expected: Tensor, ignore_index: int) -> None:
+    rescale_gradient(gradient, targets, dresult, expected, ignore_index)
+
+
+@_rescale.register_fake
+def _(gradient: Tensor, targets: Tensor, dresult: Tensor, expected: Tensor, ignore_index: int) -> None:
+    return None
+
+
+def one_pass(write: Write, rescale: Rescale) -> Any:
+    """A differentiable function of (logits, targets, expected, ignore_index, reduction), expected of one element.
+
+    It is no `torch.library` op with a registered backward, because that must not write over its inputs. Nor is the
+    writing op called outside it: it makes PyTorch derive anew where logits that are a view came from, by a node that
+    copies their gradient. A function knows that before.
+    """
+
+    class OnePass(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, logits: Tensor, targets: Tensor, expected: Tensor, ignore_index: int, reduction: Reduction
+        ) -> Tensor:
+            count = (targets != ignore_index).sum()
+            dloss = expected / count if reduction == "mean" else expected
+            losses = write(logits, targets, dloss, ignore_index)
+            ctx.save_for_backward(logits, targets, expected)
+            ctx.ignore_index, ctx.consume = ignore_index, True
+            if reduction == "none":
+                return losses
+            return losses.sum() / count if reduction == "mean" else losses.sum()
+
+        @staticmethod
+        def backward(ctx: Any, dresult: Tensor) -> tuple[Tensor | None, ...]:
+            refuse_a_second_backward(ctx)
+            logits, targets, expected = ctx.saved_tensors
+            gradient = logits.detach()
+            rescale(gradient, targets, dresult, expected, ctx.ignore_index)
+            return gradient, None, None, None, None
+
+    return OnePass.apply
+
+
+_one_pass = one_pass(_losses_and_gradient, _rescale)
+
+
+def expected_tensor(expected: float | Tensor, logits: Tensor) -> Tensor:
+    """The expected gradient on the device of the logits, with no dimension and in the dtype of the losses."""
+    dtype = _accumulation(logits)
+    if isinstance(expected, Tensor):
+        return expected.detach().to(dtype).reshape(())
+    return logits.new_full((), expected, dtype=dtype)
+
+
+def may_be_written(logits: Tensor, consume: bool) -> bool:
+    """Whether the forward may leave the gradient in the logits: it will be asked for, and is theirs to hold."""
+    return consume and torch.is_grad_enabled() and logits.requires_grad and lie_in_rows(logits)
+
+
 def refuse_a_second_backward(ctx: Any) -> None:
     """Raise where the backward of this context has consumed the logits before."""
     if ctx.consume:
@@ -181,6 +299,7 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     consume: bool = False,
+    expected_gradient: float | Tensor | None = None,
 ) -> Tensor:
     """The negative log-softmax of each row of logits at its target, in nats.
 
@@ -191,6 +310,10 @@ def cross_entropy(
         reduction: "mean" over the targets that count (NaN if there are none), "sum", or "none".
         consume: let the backward write the gradient over the logits, which nobody may read again; a second backward
             raises RuntimeError. Logits whose rows overlap or are not each of adjacent elements are left alone.
+        expected_gradient: the gradient that will come in for the result, as far as the caller knows it: a number, or
+            one float32 on the logits' device, not 0. With `consume`, where a gradient will be asked for, the forward
+            then writes the gradient over the logits; another one that comes in costs a pass and a second rounding. Else
+            it is not used.
 
     Returns:
         A scalar, or (rows,) with 0 at ignored targets for "none"; float32, or float64 for float64.
@@ -198,5 +321,10 @@ def cross_entropy(
     Raises:
         UnsupportedInput: for arguments outside these; on a GPU, a target outside [0, V) is a device-side assertion.
     """
-    raise_if_any(checks.against_cross_entropy(logits, targets, reduction), "cross_entropy", "torch", REMEDY)
+    reasons = checks.against_cross_entropy(logits, targets, reduction, expected_gradient)
+    raise_if_any(reasons, "cross_entropy", "torch", REMEDY)
+    if expected_gradient is not None and may_be_written(logits, consume):
+        expected = expected_tensor(expected_gradient, logits)
+        loss: Tensor = _one_pass(logits, targets, expected, ignore_index, reduction)
+        return loss
     return reduced(_losses(logits, targets, ignore_index, consume), targets, ignore_index, reduction)
