@@ -12,6 +12,7 @@ from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Update, dropout_seed, global_loss
 from fastgpt.engine.optimizer import adam, clip_factor, set_learning_rate
+from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -27,6 +28,7 @@ class SingleProcess:
     def __init__(self, build: Callable[[], GPT], config: Config, precision: str, device: torch.device) -> None:
         self.ranks = Ranks()
         self.step = 0
+        self.phases: Phases = unobserved
         self._config = config
         self._device = device
         self._model = build().to(DTYPES[precision]).to(device)
@@ -51,22 +53,23 @@ class SingleProcess:
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
         losses = [
-            self._accumulate(torch.from_numpy(tokens).to(self._device), index)
+            self._accumulate(torch.from_numpy(tokens), index)
             for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
         ]
-        scale = self._scale.scale if self._scale else 1.0
-        gradients = [m.grad for m in self._masters.values() if m.grad is not None]
-        norm = float(grad_norm(gradients)) / scale
-        applied = math.isfinite(norm)
-        if applied:
-            set_learning_rate(self._optimizer, rate)
-            self._optimizer.step(gradient_scale=clip_factor(norm, self._config.train.clip) / scale)
-            self._adam_step += 1
-            self._sampler = None
-        if self._scale:
-            self._scale.update(overflow=not applied)
-        for master in self._masters.values():
-            master.grad = None
+        with self.phases("optimizer"):
+            scale = self._scale.scale if self._scale else 1.0
+            gradients = [m.grad for m in self._masters.values() if m.grad is not None]
+            norm = float(grad_norm(gradients)) / scale
+            applied = math.isfinite(norm)
+            if applied:
+                set_learning_rate(self._optimizer, rate)
+                self._optimizer.step(gradient_scale=clip_factor(norm, self._config.train.clip) / scale)
+                self._adam_step += 1
+                self._sampler = None
+            if self._scale:
+                self._scale.update(overflow=not applied)
+            for master in self._masters.values():
+                master.grad = None
         return Update(self.step, global_loss(self.ranks, losses), norm if applied else math.inf, rate, applied)
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
@@ -108,23 +111,27 @@ class SingleProcess:
         """Add one micro-batch's gradient to the masters'; returns its mean loss. tokens (B, T + 1)."""
         config = self._config
         self._model.train()
-        loss: Tensor = self._model(
-            tokens[:, :-1],
-            targets=tokens[:, 1:],
-            dropout_seed=dropout_seed(config, self.step, micro_batch),
-            checkpoint_activations=config.train.activation_checkpointing,
-        )
+        with self.phases("data"):
+            tokens = tokens.to(self._device)
+        with self.phases("forward"):
+            loss: Tensor = self._model(
+                tokens[:, :-1],
+                targets=tokens[:, 1:],
+                dropout_seed=dropout_seed(config, self.step, micro_batch),
+                checkpoint_activations=config.train.activation_checkpointing,
+            )
         scale = self._scale.scale if self._scale else 1.0
-        (loss * (scale / config.micro_batches)).backward()  # type: ignore[no-untyped-call]
-        if self._low:
-            for weight, master in zip(self._weights.values(), self._masters.values(), strict=True):
-                if weight.grad is None:
-                    continue
-                if master.grad is None:
-                    master.grad = weight.grad.float()
-                else:
-                    master.grad.add_(weight.grad)
-                weight.grad = None
+        with self.phases("backward"):
+            (loss * (scale / config.micro_batches)).backward()  # type: ignore[no-untyped-call]
+            if self._low:
+                for weight, master in zip(self._weights.values(), self._masters.values(), strict=True):
+                    if weight.grad is None:
+                        continue
+                    if master.grad is None:
+                        master.grad = weight.grad.float()
+                    else:
+                        master.grad.add_(weight.grad)
+                    weight.grad = None
         return loss.detach()
 
     @torch.no_grad()
