@@ -1,7 +1,6 @@
 """`fastgpt train`: from settings to a finished run."""
 
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,7 @@ from fastgpt.data.prefetch import prefetch
 from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import ShardSource
 from fastgpt.engine.base import Engine
-from fastgpt.engine.precision import resolve_device, resolve_precision
+from fastgpt.engine.precision import resolve_device
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.errors import SharedError, UserError
@@ -33,6 +32,7 @@ from fastgpt.train.hardware import peak_flops
 from fastgpt.train.loop import train
 from fastgpt.train.recorder import Recorder
 from fastgpt.train.saver import Saver
+from fastgpt.train.start import set_up
 from fastgpt.train.summary import summarise
 from fastgpt.train.watchers import Guard, Watcher
 
@@ -190,20 +190,7 @@ class _Run:
         asked = config.engine.threads
         if self.plan.saved:
             config = keep_resolved(config, self.plan.saved)
-        backend = load_ops(config.kernels.backend).name
-        precision = resolve_precision(config.engine.precision, self.device)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = max(1, cores // self.ranks.local_world_size)
-        threads = asked or share
-        if not asked and config.engine.threads and config.engine.threads <= share:
-            threads = (
-                config.engine.threads
-            )  # as the run was started; with more ranks on a host the cores are shared anew
-        torch.set_num_threads(threads)
-        tree = config.model_dump()
-        tree["kernels"]["backend"] = backend
-        tree["engine"] |= {"precision": precision, "threads": threads}
-        return Config.model_validate(tree)
+        return set_up(config, self.device, threads=asked, local_world_size=self.ranks.local_world_size)
 
     def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
         """The checkpoint to go on from: rank 0 looks and hashes, the others follow."""
