@@ -1,4 +1,4 @@
-"""The speeds that the kernels are to reach on an H200, in bf16, and whether a run reached them."""
+"""The speeds that kernels and steps are to reach on an H200, in bf16, and whether a run reached them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 Row: TypeAlias = dict[str, Any]
 
 CASES_1024 = ("gpt2-124m T=1024", "gpt2-1558m T=1024")
+# tokens/s of a training step
+STEPS = {"gpt2-124m T=1024": 640e3, "gpt2-355m T=1024": 232e3, "gpt2-774m T=1024": 110e3, "gpt2-1558m T=1024": 57e3}
 
 
 class Goal(NamedTuple):
@@ -18,6 +20,7 @@ class Goal(NamedTuple):
     needed: float
     value: Callable[[Row, Row | None], float]
     other: tuple[str, str] | None = None  # the contender and case that it is compared with
+    ours: str = "triton"  # the contender whose goal it is
 
 
 def tflops(row: Row, _: Row | None) -> float:
@@ -33,6 +36,11 @@ def share(row: Row, _: Row | None) -> float:
 def speed_up(row: Row, other: Row | None) -> float:
     """How many times as fast as the other row."""
     return other["median"] / row["median"] if other else float("nan")
+
+
+def tokens(row: Row, _: Row | None) -> float:
+    """Thousands of tokens in a second."""
+    return row["tokens_per_second"] / 1e3
 
 
 def goals() -> Iterable[Goal]:
@@ -57,6 +65,11 @@ def goals() -> Iterable[Goal]:
         yield Goal("adamw", case, "call", "of copy bandwidth", 0.85, share)
     # within 15% of reading and writing each logit once
     yield Goal("cross_entropy", "gpt2", "both", "of copy bandwidth", 1 / 1.15, share)
+    for case, rate in STEPS.items():
+        yield Goal("step", case, "update", "thousand tokens/s", rate / 1e3, tokens, ours="ours")
+        # plain PyTorch with its best SDPA backend is the faster of the two
+        for peer, name in (("plain-compile", "plain PyTorch compiled"), ("plain-compile-cudnn", "the same by cuDNN")):
+            yield Goal("step", case, "update", f"times as fast as {name}", 1.25, speed_up, (peer, case), ours="ours")
 
 
 def judge(rows: Iterable[Row]) -> list[Row]:
@@ -64,7 +77,7 @@ def judge(rows: Iterable[Row]) -> list[Row]:
     by_name = {(row["operation"], row["case"], row["direction"], row["contender"]): row for row in rows}
     verdicts = []
     for goal in goals():
-        row = by_name.get((goal.operation, goal.case, goal.direction, "triton"))
+        row = by_name.get((goal.operation, goal.case, goal.direction, goal.ours))
         other = None
         if goal.other:
             contender, case = goal.other

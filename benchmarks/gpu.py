@@ -1,4 +1,4 @@
-"""The GPU's turn: parity tests, compute-sanitizer, kernel benchmarks, in one command of less than eight minutes.
+"""The GPU's turn: parity tests, compute-sanitizer, kernels and whole steps, in one command of less than eight minutes.
 
     python -m benchmarks.gpu [--parts parity norms ...] [--seconds N] [--out FOLDER]
 
@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import environment, goals, results, table
-from benchmarks.lines import NO_TIME
-from benchmarks.results import NOT_MEASURED, Record
+from benchmarks.results import NO_TIME, NOT_MEASURED, Record
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 450.0
@@ -35,6 +34,39 @@ PARITY_WORKERS = 8
 LINES, UNTIL = "{lines}", "{until}"
 
 
+class Step(NamedTuple):
+    """Whole training updates with a file of settings: the share of the time, and who is measured at which scale.
+
+    In the order of their turns: where the time is short, the last ones are not reached.
+    """
+
+    share: float
+    gpu: str
+    toy: str = "ours,plain"
+
+
+STEPS = {
+    "gpt2-124m": Step(
+        0.3, "ours,plain,plain-compile,plain-compile-cudnn,transformers,liger", "ours,plain,transformers"
+    ),
+    "gpt2-355m": Step(0.16, "ours,plain-compile,plain-compile-cudnn"),
+    "gpt2-774m": Step(0.2, "ours,plain-compile,plain-compile-cudnn"),
+    "gpt2-1558m": Step(0.26, "ours,plain-compile,plain-compile-cudnn"),
+    "gpt1-117m": Step(0.12, "ours,plain,plain-compile"),
+}
+# The settings that the goals are stated for, a micro-batch of a CPU, and what shows that it all works.
+STEP_SETTINGS = {
+    "gpu": ("model.dropout=0", "train.batch_tokens=65536"),
+    "cpu": ("model.dropout=0", "model.context=512", "train.micro_batch_size=2", "train.batch_tokens=1024"),
+    "toy": (
+        "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.context=32", "model.vocab_size=400",
+        "train.micro_batch_size=2", "train.batch_tokens=128", "engine.threads=1",
+    ),
+}  # fmt: skip
+STEPS_ON_A_CPU = ("gpt2-124m", "gpt1-117m")
+PEERS_OF_A_PATH = {"gpu": "nanogpt-bf16-compile", "cpu": "nanogpt,nanogpt-bf16", "toy": "nanogpt"}
+
+
 class Part(NamedTuple):
     """A command and its share of the time; the words LINES and UNTIL in it stand for its file and its end."""
 
@@ -43,7 +75,7 @@ class Part(NamedTuple):
     command: Sequence[str]
 
 
-def parts_for(scale: str, contenders: str | None) -> list[Part]:
+def parts_for(scale: str, contenders: str | None, peer_path: str | None = None) -> list[Part]:
     """All parts, in order."""
     pytest = (sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short")
     pytest += ("-p", "benchmarks.lines", "--lines", LINES, "--until", UNTIL)
@@ -66,7 +98,26 @@ def parts_for(scale: str, contenders: str | None) -> list[Part]:
         Part("pointwise", 0.12, suites("gelu", "dropout", "embedding")),
         Part("losses", 0.06, suites("losses")),
         Part("optimizer", 0.08, suites("optimizer")),
+        *steps_for(scale, peer_path),
     ]
+
+
+def steps_for(scale: str, peer_path: str | None) -> list[Part]:
+    """The parts of whole training updates; on a GPU one contender after the other, as its memory may ask for."""
+    parts = []
+    for name, step in STEPS.items():
+        if scale == "cpu" and name not in STEPS_ON_A_CPU:
+            continue
+        contenders = {"gpu": step.gpu, "cpu": "ours,plain,plain-fp32,transformers", "toy": step.toy}[scale]
+        command = (sys.executable, "-m", "fastgpt", "bench", "step", f"configs/{name}.yaml", *STEP_SETTINGS[scale])
+        if peer_path and name == "gpt2-124m":
+            contenders += f",{PEERS_OF_A_PATH[scale]}"
+            command += ("--peer-path", peer_path)
+        command += ("--contenders", contenders, "--lines", LINES, "--until", UNTIL)
+        command += ("--one-at-a-time",) if scale == "gpu" else ()
+        command += ("--rounds", "3") if scale == "toy" else ()
+        parts.append(Part(f"step-{name}", step.share, command))
+    return parts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,13 +128,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT", ROOT / "benchmarks" / "results"))
     parser.add_argument("--scale", choices=("gpu", "cpu", "toy"), help="gpu where there is one, else toy")
-    parser.add_argument("--contenders", help="a comma-separated choice")
+    parser.add_argument("--contenders", help="a comma-separated choice, for the kernels")
+    parser.add_argument("--peer-path", help="a folder with nanoGPT's model.py, to be measured beside a step")
     parser.add_argument("--commit", help="where git is not at hand to tell")
     parser.add_argument("--gate", action="store_true", help="exit with 1 also where a goal that was measured is missed")
     chosen = parser.parse_args(arguments)
+    if chosen.peer_path:
+        chosen.peer_path = str(Path(chosen.peer_path).resolve())
     found = describe()
     scale = chosen.scale or ("gpu" if found["kind"] == "gpu" else "toy")
-    parts = [part for part in parts_for(scale, chosen.contenders) if part.name in chosen.parts]
+    parts = [part for part in parts_for(scale, chosen.contenders, chosen.peer_path) if part.name in chosen.parts]
     path, record = open_record(Path(chosen.out), found, scale, chosen.commit or environment.commit())
     passed = run(parts, chosen.seconds, path, record)
     print("\n" + "\n".join(table.summary(record)) + f"\nresults: {path}")

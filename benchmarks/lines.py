@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-NO_TIME = "no time left"
+from benchmarks.results import NO_TIME
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import goals, results, table
+from benchmarks import goals, results, step_table, table
 from benchmarks.results import NOT_MEASURED, Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,8 @@ def device_section(device: str, records: Sequence[Record]) -> Iterator[str]:
     if records[0]["kind"] == "gpu":
         yield from goals_of(rows)
     yield from parts_table(newest)
-    for operation in dict.fromkeys(row["operation"] for row in rows):
+    yield from step_table.section(rows)
+    for operation in dict.fromkeys(row["operation"] for row in rows if not step_table.is_step(row)):
         yield from operation_section(operation, [row for row in rows if row["operation"] == operation])
 
 

@@ -17,9 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.lines import NO_TIME
-
 NOT_MEASURED = "not measured"
+NO_TIME = "no time left"
 FORMAT = "fastgpt benchmarks 1"
 Record: TypeAlias = dict[str, Any]
 
@@ -45,10 +44,20 @@ def read_all(folder: Path) -> list[Record]:
 
 
 def write(path: Path, record: Record) -> None:
-    """Replace a file in one step: a reader, or a kill, finds the old one or the new one."""
+    """Replace a results file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, text_of(record))
+
+
+def write_lines(path: Path, lines: Iterable[Record]) -> None:
+    """Replace a part's file, for a part whose lines change as it goes on."""
+    replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def replace(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader, or a kill, finds the old one or the new one."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(text_of(record))
+    beside.write_text(text)
     beside.replace(path)
 
 

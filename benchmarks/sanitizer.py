@@ -16,8 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.lines import NO_TIME, append
-from benchmarks.results import NOT_MEASURED
+from benchmarks.lines import append
+from benchmarks.results import NO_TIME, NOT_MEASURED
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck")

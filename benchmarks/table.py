@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
-from benchmarks import results
+from benchmarks import results, step_table
 
 Measurement: TypeAlias = dict[str, Any]
 
@@ -26,9 +26,11 @@ class Row(NamedTuple):
 
 
 def rows_of(measurements: Iterable[Measurement]) -> list[Row]:
-    """In the order in which they were measured."""
+    """In the order in which they were measured; steps have a table of their own."""
     rows: dict[tuple[str, str, str], Row] = {}
     for found in measurements:
+        if step_table.is_step(found):
+            continue
         key = found["operation"], found["case"], found["direction"]
         rows.setdefault(key, Row(*key, {})).by_contender[found["contender"]] = found
     return list(rows.values())
@@ -67,12 +69,14 @@ def summary(record: results.Record) -> Iterator[str]:
         cells = "".join(f"{milliseconds(row.by_contender.get(name)):>11}" for name in names)
         name = f"{row.operation} {row.case} {row.direction}"
         yield f"{name:<{width}}{cells}{rate(row.shown):>15}{row.shown['roof_share']:>8.0%}"
+    yield from step_table.summary_of(results.measured(record))
     for verdict in record["goals"]:
         if verdict["measured"] is not None:
             word = "reached" if verdict["reached"] else "NOT REACHED"
             yield f"{word}: {verdict['goal']}: {verdict['measured']:.3g}, needed {verdict['needed']:.3g}"
     for name, part in record["parts"].items():
         counts = ", ".join(f"{number} {what}" for what, number in part["counts"].items())
-        yield f"{name:<10} {part['outcome']}, {part['seconds']:.0f} of {part['limit']:.0f} s; {counts or 'no results'}"
+        limit = "" if part["limit"] is None else f" of {part['limit']:.0f}"
+        yield f"{name:<10} {part['outcome']}, {part['seconds']:.0f}{limit} s; {counts or 'no results'}"
         for problem in part["problems"][:5]:
             yield f"  {problem['test']}: {str(problem.get('reason', '')).strip().splitlines()[0][:150]}"

@@ -1,17 +1,21 @@
 """The command line: parse, load the settings, import the command that is asked for."""
 
 import argparse
+import importlib
 import io
 import logging
 import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+import fastgpt
 from fastgpt.errors import SharedError, UserError, did_you_mean
 
-COMMANDS = ("train", "prepare", "generate")
+COMMANDS = ("train", "prepare", "generate", "bench")
+BENCHMARKS = ("step",)
 
 EPILOG = """\
 examples:
@@ -27,8 +31,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with its mistakes as one line and with the nearest right command."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"argument command: invalid choice: '(.*)' \(choose", message)
-        near = did_you_mean(unknown[1], COMMANDS) if unknown else ""
+        unknown = re.match(r"argument (?:command|benchmark): invalid choice: '(.*)' \(choose", message)
+        near = did_you_mean(unknown[1], (*COMMANDS, *BENCHMARKS)) if unknown else ""
         raise UserError(f"{self.prog}: {message}.{near}")
 
 
@@ -78,15 +82,30 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--samples", type=int, default=1, help="how many texts (default: %(default)s)")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     generate.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
+
+    bench = commands.add_parser("bench", help="measure, beside what else there is")
+    benchmarks = bench.add_subparsers(dest="benchmark", metavar="benchmark", required=True, parser_class=_Parser)
+    step = benchmarks.add_parser("step", help="whole training updates on random tokens")
+    step.add_argument("config", help="a YAML file of settings")
+    step.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    step.add_argument("--contenders", metavar="a,b,c", help="who is measured (default: all that the device can run)")
+    step.add_argument("--peer-path", metavar="DIR", help="a folder with nanoGPT's model.py, to measure it too")
+    step.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
+    step.add_argument("--seconds", type=float, help="begin nothing after so many seconds")
+    step.add_argument("--one-at-a-time", action="store_true", help="for a GPU that cannot hold all models at once")
+    step.add_argument("--out", metavar="FOLDER", help="of the results file (default: $OUT, else benchmarks/results)")
+    step.add_argument("--commit", help="where git is not at hand to tell")
+    # for the command that collects several parts
+    step.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
+    step.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for a mistake of the user's, 128 + n after signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Before PyTorch loads OpenMP: threads that wait sleep instead of spinning. On cores shared with anything else,
-    # spinning costs a small model most of its speed.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if words[:1] != ["bench"]:  # which starts others too, as their users do
+        before_pytorch()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(
@@ -110,19 +129,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def before_pytorch() -> None:
+    """What our processes set before PyTorch is loaded."""
+    # OpenMP's threads that wait sleep instead of spinning. On cores shared with anything else, spinning costs a small
+    # model most of its speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _run(words: list[str]) -> int:
     options = _parse(words)
     if options.command is None:
         parser().print_help()
         return 2
     _log_to_stderr()
-    return {"train": _train, "prepare": _prepare, "generate": _generate}[options.command](options)
+    return {"train": _train, "prepare": _prepare, "generate": _generate, "bench": _bench}[options.command](options)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
     # options between the settings end argparse's list of them early: what is left over are settings too
     options, rest = parser().parse_known_args(words)
-    wrong = [w for w in rest if w.startswith("-") or options.command != "train"]
+    wrong = [w for w in rest if w.startswith("-") or options.command not in ("train", "bench")]
     if wrong:
         raise UserError(f"fastgpt {options.command or ''}: {wrong[0]} is not an argument; see --help")
     if rest:
@@ -189,6 +215,31 @@ def _generate(options: argparse.Namespace) -> int:
         backend=options.backend,
     )
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    root = Path(fastgpt.__file__).parents[1]
+    if not (root / "benchmarks" / "step.py").is_file():
+        raise UserError(
+            "fastgpt bench: the benchmarks are part of the repository, not of an installed package; "
+            "clone it, and install it with 'pip install -e .'"
+        )
+    sys.path.insert(0, str(root))
+    step = importlib.import_module("benchmarks.step")
+    code: int = step.run(
+        options.config,
+        options.overrides,
+        contenders=options.contenders,
+        peer_path=options.peer_path,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        one_at_a_time=options.one_at_a_time,
+        out=options.out,
+        commit=options.commit,
+        lines=options.lines,
+        until=options.until,
+    )
+    return code
 
 
 def _rank() -> int:

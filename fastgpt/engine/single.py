@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from fastgpt_kernels import grad_norm
 from torch import Tensor
@@ -13,6 +15,7 @@ from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
 from fastgpt.engine.host import to_device
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate
+from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -28,6 +31,7 @@ class SingleProcess:
     def __init__(self, build: Callable[[], GPT], config: Config, precision: str, device: torch.device) -> None:
         self.ranks = Ranks()
         self.step = 0
+        self.phases: Phases = unobserved
         self._config = config
         self._device = device
         self._model = build().to(DTYPES[precision]).to(device)
@@ -57,18 +61,18 @@ class SingleProcess:
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
         losses = [
-            self._accumulate(to_device(tokens, self._device), index)
-            for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
+            self._accumulate(tokens, index) for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
         ]
-        scale = self._scale.scale if self._scale else 1.0
-        norm = grad_norm(self._gradients(), backend=optimizer_backend(self._config.kernels)) / scale
-        set_learning_rate(self._optimizer, rate)
-        self._optimizer.step(gradient_scale=gradient_factor(norm, self._config.train.clip, scale))
-        self._sampler = None
-        if self._scale:
-            self._scale.update(overflow=not norm.isfinite())
-        for parameter in (*self._masters.values(), *self._weights.values()):
-            parameter.grad = None
+        with self.phases("optimizer"):
+            scale = self._scale.scale if self._scale else 1.0
+            norm = grad_norm(self._gradients(), backend=optimizer_backend(self._config.kernels)) / scale
+            set_learning_rate(self._optimizer, rate)
+            self._optimizer.step(gradient_scale=gradient_factor(norm, self._config.train.clip, scale))
+            self._sampler = None
+            if self._scale:
+                self._scale.update(overflow=not norm.isfinite())
+            for parameter in (*self._masters.values(), *self._weights.values()):
+                parameter.grad = None
 
         def read(step: int = self.step) -> Update:
             loss, size = global_loss(self.ranks, losses), float(norm)
@@ -112,21 +116,25 @@ class SingleProcess:
         if self._low:
             self._round_masters()
 
-    def _accumulate(self, tokens: Tensor, micro_batch: int) -> Tensor:
+    def _accumulate(self, tokens: npt.NDArray[np.int64], micro_batch: int) -> Tensor:
         """Add one micro-batch's gradient to the masters'; returns its mean loss. tokens (B, T + 1)."""
         config = self._config
         self._model.train()
         factor = (self._scale.scale if self._scale else 1.0) / config.micro_batches
-        loss: Tensor = self._model(
-            tokens[:, :-1],
-            targets=tokens[:, 1:],
-            dropout_seed=dropout_seed(config, self.step, micro_batch),
-            checkpoint_activations=config.train.activation_checkpointing,
-            loss_gradient=factor,
-        )
-        (loss * factor).backward()  # type: ignore[no-untyped-call]
-        if self._low and config.micro_batches > 1:
-            self._add_up()
+        with self.phases("data"):
+            x = to_device(tokens, self._device)
+        with self.phases("forward"):
+            loss: Tensor = self._model(
+                x[:, :-1],
+                targets=x[:, 1:],
+                dropout_seed=dropout_seed(config, self.step, micro_batch),
+                checkpoint_activations=config.train.activation_checkpointing,
+                loss_gradient=factor,
+            )
+        with self.phases("backward"):
+            (loss * factor).backward()  # type: ignore[no-untyped-call]
+            if self._low and config.micro_batches > 1:
+                self._add_up()
         return loss.detach()
 
     @torch.no_grad()

@@ -16,8 +16,7 @@ from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import ShardSource
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
-from fastgpt.engine.host import available_cores, prepare_host
-from fastgpt.engine.precision import resolve_device, resolve_precision
+from fastgpt.engine.precision import resolve_device
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.errors import SharedError, UserError
@@ -34,6 +33,7 @@ from fastgpt.train.hardware import peak_flops
 from fastgpt.train.loop import train
 from fastgpt.train.recorder import Recorder
 from fastgpt.train.saver import Saver
+from fastgpt.train.start import set_up
 from fastgpt.train.summary import summarise
 from fastgpt.train.watchers import Guard, Watcher
 
@@ -191,19 +191,7 @@ class _Run:
         asked = config.engine.threads
         if self.plan.saved:
             config = keep_resolved(config, self.plan.saved)
-        backend = ops_for(config.kernels.backend, self.device).name
-        share = max(1, len(available_cores()) // self.ranks.local_world_size)
-        if not asked and config.engine.threads and config.engine.threads <= share:
-            asked = config.engine.threads  # as the run was started; with more ranks on a host the cores are shared anew
-        threads = prepare_host(
-            self.device, asked, local_rank=self.ranks.local_rank, local_world_size=self.ranks.local_world_size
-        )
-        # timed with these threads, and by one rank for all
-        precision = self.ranks.on_first(lambda: resolve_precision(config.engine.precision, self.device))
-        tree = config.model_dump()
-        tree["kernels"]["backend"] = backend
-        tree["engine"] |= {"precision": precision, "threads": threads}
-        return Config.model_validate(tree)
+        return set_up(config, self.device, self.ranks, threads=asked)
 
     def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
         """The checkpoint to go on from: rank 0 looks and hashes, the others follow."""

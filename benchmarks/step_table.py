@@ -1,0 +1,102 @@
+"""Steps in rows: one for each contender, with its speed, its phases, its memory, and its time beside ours."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.results import Record
+
+PHASES = ("data", "forward", "backward", "optimizer")
+HEADINGS = (
+    "contender", "tokens/s", "ms an update", *PHASES, "MFU", "of peak", "memory, GiB", "time of ours",
+)  # fmt: skip
+
+
+def is_step(row: Record) -> bool:
+    """Whether a row is of a step, or of an operation."""
+    return bool(row["operation"] == "step")
+
+
+def cases_of(rows: Iterable[Record]) -> dict[str, list[Record]]:
+    """Measured steps by case."""
+    found: dict[str, list[Record]] = {}
+    for row in rows:
+        if is_step(row) and "median" in row:
+            found.setdefault(row["case"], []).append(row)
+    return found
+
+
+def cells_of(row: Record, rows: Sequence[Record]) -> list[str]:
+    """A row's cells, as text."""
+    ours = next((other for other in rows if other["contender"] == "ours"), None)
+    split = row["split"]
+    return [
+        row["contender"],
+        f"{row['tokens_per_second']:,.0f}",
+        f"{1e3 * row['median']:.4g} ± {1e3 * row['iqr']:.2g}",
+        *(f"{1e3 * split[name]:.3g}" if name in split else "-" for name in PHASES),
+        f"{row['roof_share']:.1%}",
+        f"{row['peak_share']:.1%}" if row["peak_share"] else "-",
+        f"{row['peak_bytes'] / 2**30:.2f}",
+        f"{row['median'] / ours['median']:.2f}" if ours else "-",
+    ]
+
+
+def heading_of(row: Record) -> str:
+    """What the rows of a case have in common."""
+    micro_batches, size, context = row["shapes"][0]
+    update = f"{micro_batches} micro-batches of {size} x {context} tokens"
+    return f"an update is {update}, {row['work'] / row['tokens'] / 1e9:.4g} GFLOP a token"
+
+
+def common(session: dict[str, Any]) -> str:
+    """The roofs of a part."""
+    peak = f", data-sheet peak {session['peak'] / 1e12:.4g} TFLOP/s" if session.get("peak") else ""
+    return (
+        f"GEMM roof {session['gemm'] / 1e12:.3g} TFLOP/s ({session['dtype']}){peak}, "
+        f"copy roof {session['copy'] / 1e9:.4g} GB/s, load {' '.join(map(str, session['load']))}"
+    )
+
+
+def summary(record: Record, part_name: str) -> Iterator[str]:
+    """The lines that end a run of one part."""
+    part = record["parts"][part_name]
+    versions = record["environment"]["versions"]
+    yield f"{record['device']}, torch {versions['torch']}, triton {versions['triton']}, commit {record['commit']}"
+    if part["session"]:
+        yield f"{common(part['session'])}, {part['session']['threads']} threads"
+    yield from summary_of(part["benchmarks"])
+    for line in part["benchmarks"]:
+        if line["outcome"] != "passed":
+            yield f"{line['contender']}: {line['outcome']}: {line['reason']}"
+    yield f"{part_name}: {part['outcome']}"
+
+
+def summary_of(rows: Iterable[Record]) -> Iterator[str]:
+    """Tables of all cases, in plain text."""
+    for case, members in cases_of(rows).items():
+        yield f"step {case}: {heading_of(members[0])}"
+        yield f"MFU = ({members[0]['formula']}) by time and GEMM roof"
+        lines = [list(HEADINGS), *(cells_of(row, members) for row in members)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+        for first, *others in lines:
+            yield first.ljust(widths[0]) + "".join(
+                f"  {cell.rjust(width)}" for cell, width in zip(others, widths[1:], strict=True)
+            )
+
+
+def section(rows: Iterable[Record]) -> Iterator[str]:
+    """The steps of a device, in Markdown."""
+    cases = cases_of(rows)
+    if not cases:
+        return
+    formula = next(iter(cases.values()))[0]["formula"]
+    yield from ("### Training steps", "")
+    yield f"MFU is the model's work by time and GEMM roof, of peak the same by the data sheet's; counted as {formula}."
+    yield "Phases, in ms, were measured apart from the updates. Memory: the most that PyTorch had allocated on a GPU, "
+    yield "on a CPU the most that the process had resident."
+    for case, members in cases.items():
+        yield from ("", f"**{case}**: {heading_of(members[0])}; in {members[0]['rounds']} rounds.", "")
+        yield "| " + " | ".join(HEADINGS) + " |"
+        yield "|---" * len(HEADINGS) + "|"
+        yield from ("| " + " | ".join(cells_of(row, members)) + " |" for row in members)
+    yield ""

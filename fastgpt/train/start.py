@@ -1,0 +1,38 @@
+"""What a process of training sets up for itself before it builds a model."""
+
+import torch
+
+from fastgpt.config import Config
+from fastgpt.engine.backend import ops_for
+from fastgpt.engine.host import available_cores, prepare_host
+from fastgpt.engine.precision import resolve_precision
+from fastgpt.engine.ranks import Ranks
+
+
+def set_up(config: Config, device: torch.device, ranks: Ranks | None = None, *, threads: int | None = None) -> Config:
+    """Set the process up as the settings say.
+
+    Args:
+        config: the settings.
+        device: what `engine.device` came to.
+        ranks: of the run; None where there is one.
+        threads: how many the user asks for now; a number in `config` may be that of a run which is gone on with.
+
+    Returns:
+        The settings with nothing left on `auto` that decides the numbers.
+
+    Raises:
+        UserError: a precision that the device does not have.
+    """
+    ranks = ranks or Ranks()
+    backend = ops_for(config.kernels.backend, device).name
+    share = max(1, len(available_cores()) // ranks.local_world_size)
+    if not threads and config.engine.threads and config.engine.threads <= share:
+        threads = config.engine.threads  # as the run was started; with more ranks on a host the cores are shared anew
+    threads = prepare_host(device, threads, local_rank=ranks.local_rank, local_world_size=ranks.local_world_size)
+    # timed with these threads, and by one rank for all
+    precision = ranks.on_first(lambda: resolve_precision(config.engine.precision, device))
+    tree = config.model_dump()
+    tree["kernels"]["backend"] = backend
+    tree["engine"] |= {"precision": precision, "threads": threads}
+    return Config.model_validate(tree)
