@@ -44,7 +44,7 @@ def cells_of(row: Record, rows: Sequence[Record]) -> list[str]:
 def heading_of(row: Record) -> str:
     """What the rows of a case have in common."""
     micro_batches, size, context = row["shapes"][0]
-    update = f"{micro_batches} micro-batches of {size} x {context} tokens"
+    update = f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of {size} x {context} tokens"
     return f"an update is {update}, {row['work'] / row['tokens'] / 1e9:.4g} GFLOP a token"
 
 
