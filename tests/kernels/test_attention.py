@@ -144,7 +144,7 @@ def assert_dropout_uses(kept: Tensor, qkv: Tensor, ops: Ops, **options: Any) -> 
     assert_close(
         ours=output_and_gradients(lambda x: ops.causal_attention(x, dropout_p=P, seed=SEED, **options), [qkv]),
         theirs=output_and_gradients(lambda x: attend_with_mask(x, kept, **options), [qkv]),
-        oracle=output_and_gradients(lambda x: attend_with_mask(x, kept, **options), [qkv.double().cpu()]),
+        oracle=output_and_gradients(lambda x: attend_with_mask(x, kept, **options), [qkv.double()]),
         dtypes=[qkv.dtype, qkv.dtype],
     )
 
@@ -258,7 +258,7 @@ def test_scores_far_apart_neither_overflow_nor_lose_digits(device, triton_ops):
     qkv = 30.0 * packed(1, 40, 1, 64, device=device)  # scores in the thousands
     ours, theirs, oracle = (
         output_and_gradients(ops.causal_attention, [x])
-        for ops, x in ((triton_ops, qkv), (BUILTIN, qkv), (load_ops("reference"), qkv.double().cpu()))
+        for ops, x in ((triton_ops, qkv), (BUILTIN, qkv), (load_ops("reference"), qkv.double()))
     )
     assert_close(ours[:1], theirs[:1], oracle[:1], [torch.float32])
     assert ours[1].isfinite().all()
@@ -268,7 +268,7 @@ def test_scores_beyond_float16_are_no_trouble(device, triton_ops):
     qkv = packed(1, 40, 1, 64, torch.float16, device)
     qkv[:, :, :2] *= 300.0  # products to 10^7 and more, where float16 ends at 65504
     ours = output_and_gradients(triton_ops.causal_attention, [qkv])
-    oracle = output_and_gradients(load_ops("reference").causal_attention, [qkv.double().cpu()])
+    oracle = output_and_gradients(load_ops("reference").causal_attention, [qkv.double()])
     assert_close(ours[:1], oracle[:1], oracle[:1], [torch.float16])
     assert ours[1].isfinite().all()
 
@@ -281,9 +281,9 @@ def test_a_loss_scale_scales_the_gradient(device, triton_ops):
     scaled, plain = (torch.autograd.grad(out, qkv, d, retain_graph=True)[0] for d in (dout * 2.0**15, dout))
     assert scaled.isfinite().all()
     oracle = load_ops("reference")
-    exact = qkv.detach().double().cpu().requires_grad_()
-    (expected,) = torch.autograd.grad(oracle.causal_attention(exact), exact, dout.double().cpu())
-    error, unscaled_error = ((g.double().cpu() / s - expected).abs().max() for g, s in ((scaled, 2**15), (plain, 1)))
+    exact = qkv.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle.causal_attention(exact), exact, dout.double())
+    error, unscaled_error = ((g.double() / s - expected).abs().max() for g, s in ((scaled, 2**15), (plain, 1)))
     assert error <= torch.finfo(torch.float16).eps * expected.abs().max()
     assert error < unscaled_error
 

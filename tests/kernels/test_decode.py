@@ -26,15 +26,15 @@ def inputs_of(B, H, D, T_max, dtype, device):
 
 def assert_as_close_as_torch(ops, q, k, v, lengths, **options):
     """By the rule of `fastgpt_kernels.testing`, without gradients; PyTorch is asked where there is a key."""
-    exact = [x.double().cpu() for x in (q, k, v)]
-    oracle = load_ops("reference").decode_attention(*exact, lengths.cpu(), **options)
+    exact = [x.double() for x in (q, k, v)]
+    oracle = load_ops("reference").decode_attention(*exact, lengths, **options)
     ours = ops.decode_attention(q, k, v, lengths, **options)
     # sums are the built-in's, too: it turns no keys into NaN and takes NaN from unused places
     used = (torch.arange(k.shape[2], device=k.device) < lengths[:, None])[:, None, :, None]
     theirs = BUILTIN.decode_attention(q, k.where(used, 0.0), v.where(used, 0.0), lengths, **options)
     theirs = theirs.where(lengths[:, None, None] > 0, 0.0)
     assert ours.shape == q.shape and ours.dtype == q.dtype and ours.is_contiguous()
-    assert_close([ours.double().cpu()], [theirs.double().cpu()], [oracle], [q.dtype])
+    assert_close([ours], [theirs], [oracle], [q.dtype])
     assert (ours[lengths == 0] == 0).all()
 
 

@@ -76,7 +76,7 @@ def test_dropout_is_as_close_as_a_product_with_its_mask(shape, dtype, device, tr
     assert_close(
         ours=output_and_gradients(lambda x: triton_ops.dropout(x, P, SEED), [x]),
         theirs=output_and_gradients(lambda x: x * z.to(dtype), [x]),
-        oracle=output_and_gradients(lambda x: x * z.double().cpu(), [x.double().cpu()]),
+        oracle=output_and_gradients(lambda x: x * z.double(), [x.double()]),
         dtypes=[dtype, dtype],
     )
 
@@ -89,7 +89,7 @@ def test_added_to_a_residual_it_is_as_close_with_the_same_mask(shape, pair, devi
     assert_close(
         ours=output_and_gradients(lambda x, r: triton_ops.dropout_add(x, r, P, SEED), [x, residual]),
         theirs=output_and_gradients(lambda x, r: r + x * z.to(x.dtype), [x, residual]),
-        oracle=output_and_gradients(lambda x, r: r + x * z.double().cpu(), [x.double().cpu(), residual.double().cpu()]),
+        oracle=output_and_gradients(lambda x, r: r + x * z.double(), [x.double(), residual.double()]),
         dtypes=[residual.dtype, x.dtype, residual.dtype],
     )
     assert torch.equal(triton_ops.dropout_add(x, torch.zeros_like(x), P, SEED), triton_ops.dropout(x, P, SEED))

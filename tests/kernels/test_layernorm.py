@@ -63,9 +63,7 @@ def assert_dropout_uses(kept: Tensor, tensors: list[Tensor], ops: Ops, results: 
     assert_close(
         ours=output_and_gradients(lambda *xs: chosen(add(ops, *xs, dropout_p=P, seed=SEED), results), tensors),
         theirs=output_and_gradients(lambda *xs: with_mask(BUILTIN, *xs), tensors),
-        oracle=output_and_gradients(
-            lambda *xs: with_mask(load_ops("reference"), *xs), [t.double().cpu() for t in tensors]
-        ),
+        oracle=output_and_gradients(lambda *xs: with_mask(load_ops("reference"), *xs), [t.double() for t in tensors]),
         dtypes=[(x.dtype, residual.dtype)[i] for i in results] + [t.dtype for t in tensors],
     )
 
