@@ -288,7 +288,8 @@ def test_a_loss_scale_scales_the_gradient(device, triton_ops):
     assert error < unscaled_error
 
 
-@settings(max_examples=10, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=10 if DEVICE == "cpu" else 4, deadline=None)
 @given(
     T=st.integers(2, 40),
     window=st.none() | st.integers(1, 45),
@@ -316,7 +317,8 @@ def test_no_position_sees_its_future_its_neighbours_documents_or_beyond_its_wind
     assert dropout_p or gradient[:, seen, 2].any(-1).all()
 
 
-@settings(max_examples=10, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=10 if DEVICE == "cpu" else 4, deadline=None)
 @given(T=st.integers(1, 40), constant=st.floats(-3.0, 3.0), window=st.none() | st.integers(1, 40))
 def test_each_output_is_an_average_of_the_values(T, constant, window):
     qkv = packed(1, T, 2, 16)
@@ -325,7 +327,8 @@ def test_each_output_is_an_average_of_the_values(T, constant, window):
     torch.testing.assert_close(out, torch.full_like(out, constant))
 
 
-@settings(max_examples=5, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=5 if DEVICE == "cpu" else 4, deadline=None)
 @given(lengths=st.lists(st.integers(1, 25), min_size=1, max_size=3), window=st.none() | st.integers(1, 20))
 def test_packed_documents_are_as_each_by_itself(lengths, window):
     ops = load_ops("triton")

@@ -7,6 +7,7 @@ from fastgpt_kernels.torch_ops.decode import _decode as on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["triton", "torch"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD_SIZES = [16, 40, 64, 80, 96, 128, 256]
@@ -62,7 +63,8 @@ def test_long_caches_are_as_close(D, dtype, device, triton_ops):
     assert_as_close_as_torch(triton_ops, *inputs_of(5, 12, D, 8192, dtype, device), lengths)
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=15 if DEVICE == "cpu" else 4, deadline=None)
 @given(
     lengths=st.lists(st.integers(-1, 45), min_size=1, max_size=4),
     D=st.sampled_from([16, 24, 48]),
@@ -70,11 +72,10 @@ def test_long_caches_are_as_close(D, dtype, device, triton_ops):
     backend=st.sampled_from(BACKENDS),
 )
 def test_unused_places_do_not_matter(lengths, D, keys, backend):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T_max = len(lengths), 40
-    lengths = torch.tensor(lengths, device=device)
-    q, k, v = inputs_of(B, 1, D, T_max, torch.float32, device)
-    unused = (torch.arange(T_max, device=device) >= lengths[:, None])[:, None, :, None]
+    lengths = torch.tensor(lengths, device=DEVICE)
+    q, k, v = inputs_of(B, 1, D, T_max, torch.float32, DEVICE)
+    unused = (torch.arange(T_max, device=DEVICE) >= lengths[:, None])[:, None, :, None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "keys_of_program", lambda head_size: keys)
         attend = load_ops(backend).decode_attention

@@ -159,7 +159,8 @@ def test_nothing_is_dropped_with_probability_zero(backend, device):
     assert load_ops(backend).dropout(x, 0.0, None) is x
 
 
-@settings(max_examples=10, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=10 if DEVICE == "cpu" else 4, deadline=None)
 @given(n=st.integers(1, 9000), p=st.floats(0.0, 0.99), seed=st.integers(0, 2**63 - 1))
 def test_every_element_is_dropped_or_scaled(n, p, seed):
     out = load_ops("triton").dropout(torch.ones(n, device=DEVICE), p, seed).double()
@@ -167,7 +168,8 @@ def test_every_element_is_dropped_or_scaled(n, p, seed):
     assert ((out == 0.0) | scaled).all()
 
 
-@settings(max_examples=10, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=10 if DEVICE == "cpu" else 4, deadline=None)
 @given(n=st.integers(1, 500), few=st.floats(0.0, 0.99), more=st.floats(0.0, 0.99))
 def test_a_higher_probability_drops_the_same_elements_and_others(n, few, more):
     few, more = sorted((few, more))

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 # of this name the package holds the function
 torch_file = importlib.import_module("fastgpt_kernels.torch_ops.linear_cross_entropy")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
 BUDGET = 1.5e9  # bytes above inputs and outputs, at 65,536 x 50,257
@@ -59,7 +60,8 @@ def test_it_is_so_for_the_vocabulary_of_gpt_2(dtype, device, ops, chunks_of):
     assert_as_close_as_torch(lambda ops, *inputs: ops.linear_cross_entropy(*inputs), *inputs, ops=ops)
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=20 if DEVICE == "cpu" else 4, deadline=None)
 @given(
     rows=st.integers(1, 9),
     N=st.integers(1, 20),
@@ -68,9 +70,8 @@ def test_it_is_so_for_the_vocabulary_of_gpt_2(dtype, device, ops, chunks_of):
     backend=st.sampled_from(["triton", "torch"]),
 )
 def test_it_is_the_cross_entropy_of_the_logits_wherever_the_chunks_end(rows, N, V, chunk, backend):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     ops = load_ops(backend)
-    inputs = inputs_of(rows, N, V, device=device)
+    inputs = inputs_of(rows, N, V, device=DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_file, "chunk_rows", lambda V, itemsize: chunk)
         ours = output_and_gradients(ops.linear_cross_entropy, inputs)

@@ -7,6 +7,7 @@ from fastgpt_kernels.tiles import ARCHITECTURES, listed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # rows..., K, N
 SHAPES = [((1,), 1, 1), ((3,), 5, 7), ((2, 3), 33, 768), ((17,), 65, 1023), ((70,), 70, 40)]
 WIDE = [((9,), 1600, 33), ((2,), 7, 12288), ((300,), 129, 70)]
@@ -105,7 +106,8 @@ def test_the_table_is_read_as_it_is_written():
         assert entry.backward in (None, *linear_gelu.CANDIDATES["backward", entry.arch])
 
 
-@settings(max_examples=10, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=10 if DEVICE == "cpu" else 4, deadline=None)
 @given(
     rows=st.integers(1, 70),
     K=st.integers(1, 40),
@@ -113,9 +115,8 @@ def test_the_table_is_read_as_it_is_written():
     tile=st.sampled_from([SMALL, Tile(16, 64, 16, 4, 1)]),
 )
 def test_fused_or_not_makes_no_difference(rows, K, N, tile):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = inputs_of((rows,), K, N, torch.float32, device)
-    dy = torch.randn(rows, N, device=device)
+    inputs = inputs_of((rows,), K, N, torch.float32, DEVICE)
+    dy = torch.randn(rows, N, device=DEVICE)
     results = []
     for way in (tile, None):
         y, u = linear_gelu.launch_forward(*inputs, "tanh", way)
