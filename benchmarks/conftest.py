@@ -20,7 +20,7 @@ from fastgpt_kernels.testing import assert_as_close_as_torch, assert_close
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks import contenders, environment, roofs, timing
+from benchmarks import contenders, environment, roofs, table, timing
 from benchmarks.contenders import OURS, Unavailable
 from benchmarks.shapes import Scale
 from benchmarks.work import Work
@@ -34,12 +34,15 @@ COMPILED_CASES = 2  # the first of each suite
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernel benchmarks")
     group.addoption("--scale", choices=SCALES, help="which shapes: gpu where there is one, else toy")
-    group.addoption("--contenders", help="a comma-separated choice of " + ", ".join(contenders.NAMES))
+    names = ", ".join(contenders.NAMES)
+    group.addoption("--contenders", type=table.chosen, help=f"a comma-separated choice of {names}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "operation(name, cases, directions): what a suite measures")
     config.stash[CHECKED], config.stash[COMPILED] = {}, {}
+    if scale_of(config) == "gpu" and not torch.cuda.is_available():
+        raise pytest.UsageError("--scale is gpu, and PyTorch sees none")
     if scale_of(config) == "toy":
         torch.set_num_threads(1)  # toys are too small to share, and threads wait for each other where others work
 
