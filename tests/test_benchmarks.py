@@ -11,13 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastgpt_kernels import Ops
+from fastgpt_kernels import Ops, load_ops
+from fastgpt_kernels.reference import visible
 
 from benchmarks import (
     conftest,
     contenders,
     goals,
     gpu,
+    masks,
     report,
     results,
     sanitizer,
@@ -456,6 +458,71 @@ def test_a_round_on_a_gpu_is_one_graph_over_inputs_that_sweep_the_cache(directio
         assert prepared.timed_by == "CUDA graph" and prepared.run == captured.clear
         # a backward alone runs no forward
         assert len(captured) == (0 if direction == "backward" else prepared.calls)
+
+
+def test_copies_of_inputs_lie_in_memory_as_the_inputs_do(monkeypatch):
+    qkv, table = torch.randn(2, 5, 3, 4), torch.randn(6, 7).t()
+    inputs = [*qkv.unbind(2), table]
+    size = qkv.untyped_storage().nbytes() + table.untyped_storage().nbytes()
+    # three sets sweep a cache of that size
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=size * 5 // 8)
+    )
+    sets = timing.input_sets(inputs, "cuda")
+    assert len(sets) == 3
+    for copies in sets[1:]:
+        assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(copies, inputs, strict=True))
+        assert len(timing.storages(copies)) == 2 and not {*timing.storages(copies)} & {*timing.storages(inputs)}
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"document_ids": torch.arange(9).expand(2, 9) // 4}])
+def test_a_mask_made_before_is_the_one_that_eager_makes(options):
+    eager, qkv = contenders.load("eager", "cpu"), torch.randn(2, 9, 3, 2, 16)
+    mask = visible(qkv, options.get("window"), options.get("document_ids"))
+    assert torch.equal(eager.masked_attention(qkv, mask), eager.causal_attention(qkv, **options))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    lengths = torch.tensor([4, 9])
+    used = (torch.arange(9) < lengths[:, None])[:, None, None]
+    assert torch.equal(
+        eager.masked_decode_attention(q[:, :, 0], k, v, used), eager.decode_attention(q[:, :, 0], k, v, lengths)
+    )
+
+
+@on_a_cpu
+def test_dropout_that_is_wrong_is_found():
+    torch.manual_seed(0)
+    ops, x, nothing, ones = load_ops("triton"), torch.rand(40, 30) + 0.5, torch.zeros(40, 30), torch.ones(30)
+
+    def masked(ops, z, x, *others):
+        return ops.add_layer_norm(x * z, *others)
+
+    def norm(*xs, p=0.25):
+        return ops.add_layer_norm(*xs, dropout_p=p, seed=1)
+
+    def loose(x, *others):
+        # the results of the right mask, and the gradient of none
+        normed, total = norm(x, *others)
+        return normed, total.detach() + x - x.detach()
+
+    def check(call):
+        masks.assert_as_close(call, masked, lambda found: found[1] != 0, 0.25, x, nothing, ones, ones)
+
+    check(norm)
+    wrong = [
+        (lambda *xs: norm(*xs, p=0.5), "rate"),
+        (lambda x, *others: norm(x * 0.99, *others), "result [01] "),
+        (loose, "result 2 "),
+    ]
+    for call, message in wrong:
+        with pytest.raises(AssertionError, match=message):
+            check(call)
+
+    qkv = torch.randn(1, 33, 3, 1, 16)
+    attend = lambda x, p=0.25, seed=1: ops.causal_attention(x, dropout_p=p, seed=seed)  # noqa: E731
+    masks.assert_attention_as_close(attend, qkv, 0.25)
+    for call, message in ((lambda x: attend(x, p=0.5), "rate"), (lambda x: attend(x) * 1.01, "result 0 ")):
+        with pytest.raises(AssertionError, match=message):
+            masks.assert_attention_as_close(call, qkv, 0.25)
 
 
 def test_what_a_call_destroys_is_restored_before_every_call():
