@@ -84,6 +84,7 @@ def test_unused_places_do_not_matter(lengths, D, keys, backend):
             rubbish = (cache.masked_fill(unused, anything) for cache in (k, v))
             assert torch.equal(out, attend(q, *rubbish, lengths))
     exact = load_ops("reference").decode_attention(q.double(), k.double(), v.double(), lengths)
+    # of a few small numbers the largest rounding error says too little for the rule of `fastgpt_kernels.testing`
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -109,9 +110,10 @@ def test_it_is_the_last_row_of_causal_attention(backend, stretches, device):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     for length in (1, 16, 37):
         lengths = torch.full((2,), length, device=device)
-        expected = ops.causal_attention(qkv[:, :length], scale=0.3)[:, -1]
+        exact = load_ops("reference").causal_attention(qkv[:, :length].double(), scale=0.3)[:, -1]
+        theirs = BUILTIN.causal_attention(qkv[:, :length], scale=0.3)[:, -1]
         ours = ops.decode_attention(q[:, :, length - 1], k, v, lengths, scale=0.3)
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        assert_close([ours], [theirs], [exact], [torch.float32])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
