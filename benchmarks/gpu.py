@@ -32,7 +32,7 @@ SECONDS = 450.0
 LOOK_EVERY = 2.0  # seconds between two looks at what a part has found
 # what a part has for its last test after it is told to begin no more
 GRACE_SHARE, GRACE_SECONDS = 0.1, 10.0
-PARITY_WORKERS = 8
+PARITY_WORKERS = 14  # of 16 cores: most of their time goes into compiling, with one thread each
 LINES, UNTIL = "{lines}", "{until}"
 
 

@@ -33,6 +33,14 @@ engine: {{threads: 1}}
 """
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without `slow` a GPU's run is a choice of minutes: most of its time goes into compiling."""
+    for item in items:
+        if item.get_closest_marker("sweep") and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """The device of a test's tensors: the CPU, and a GPU under the marker gpu."""

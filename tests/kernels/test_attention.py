@@ -15,24 +15,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = pytest.mark.gpu
+GPU, SWEEP = pytest.mark.gpu, pytest.mark.sweep
 # bf16 is judged on a GPU: the interpreter truncates where a GPU rounds
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=GPU)]
+DTYPES = [torch.float32, pytest.param(torch.float16, marks=SWEEP), pytest.param(torch.bfloat16, marks=GPU)]
 LENGTHS, HEAD_SIZES = [1, 2, 17, 127, 129, 1000], [16, 40, 64, 80, 96, 128, 256]
 SHAPES = [  # B, T, H, D
     (2, 1, 1, 16),
-    (2, 2, 3, 40),
     (1, 17, 2, 64),
-    (2, 33, 1, 24),
-    (1, 18, 1, 20),
     (1, 127, 1, 80),
-    (1, 129, 1, 96),
-    (1, 65, 1, 128),
-    (1, 34, 1, 120),
-    (1, 35, 1, 160),
     (1, 66, 1, 256),
+    *(
+        pytest.param(shape, marks=SWEEP)
+        for shape in (
+            (2, 2, 3, 40),
+            (2, 33, 1, 24),
+            (1, 18, 1, 20),
+            (1, 129, 1, 96),
+            (1, 65, 1, 128),
+            (1, 34, 1, 120),
+            (1, 35, 1, 160),
+        )
+    ),
 ]
-GPU_SHAPES = [(3, 1023, 5, 64), (2, 1024, 12, 64), (2, 515, 3, 80), (2, 515, 3, 96), (2, 777, 2, 128), (1, 2049, 2, 40)]
+GPU_SHAPES = [(2, 1024, 12, 64), (2, 515, 3, 80), (2, 777, 2, 128)]
+GPU_SHAPES += [pytest.param(shape, marks=SWEEP) for shape in ((3, 1023, 5, 64), (2, 515, 3, 96), (1, 2049, 2, 40))]
 VIEWS: dict[str, Callable[[], Tensor]] = {
     "time first": lambda: torch.randn(19, 2, 3, 2, 24).transpose(0, 1),
     "heads before positions": lambda: torch.randn(3, 2, 2, 19, 24).permute(1, 3, 0, 2, 4),
@@ -155,13 +161,19 @@ def test_it_is_as_close_to_the_mathematics_as_torch(shape, dtype, device, triton
     assert_right(packed(*shape, dtype, device), ops=triton_ops)
 
 
+def test_it_is_so_for_many_tiles(device, triton_ops):
+    assert_right(packed(1, 1000, 1, 16, device=device), ops=triton_ops)
+
+
 @pytest.mark.parametrize("shape", [(1, 17, 1, 40), (1, 66, 1, 64)])
 def test_bfloat16_widened_for_its_products_is_as_close_too(shape, device, triton_ops):
     assert_right(packed(*shape, torch.bfloat16, device), ops=triton_ops)
 
 
 @pytest.mark.parametrize(("window", "kind", "dtype"), masks())
-@pytest.mark.parametrize("how", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=SWEEP if place else [], id=name) for place, (name, how) in enumerate(CUTS.items())]
+)
 def test_a_window_and_documents_are_as_close_whatever_the_tiles(how, window, kind, dtype, device, triton_ops):
     # two sequences where each has its own documents
     B = 2 if kind == "in two places" else 1
@@ -327,6 +339,7 @@ def test_each_output_is_an_average_of_the_values(T, constant, window):
     torch.testing.assert_close(out, torch.full_like(out, constant))
 
 
+@SWEEP
 @pytest.mark.usefixtures("device")
 @settings(max_examples=5 if DEVICE == "cpu" else 4, deadline=None)
 @given(lengths=st.lists(st.integers(1, 25), min_size=1, max_size=3), window=st.none() | st.integers(1, 20))
@@ -337,6 +350,7 @@ def test_packed_documents_are_as_each_by_itself(lengths, window):
     together = output_and_gradients(lambda x: attend(ops, x, ids, window=window), [qkv])
     alone = [output_and_gradients(lambda x: attend(ops, x, window=window), [x]) for x in qkv.split(lengths, 1)]
     expected = torch.cat([out for out, _ in alone], 1)
+    # of a few small numbers the largest rounding error says too little for the rule of `fastgpt_kernels.testing`
     torch.testing.assert_close(together[0], expected, rtol=1e-5, atol=1e-6)
 
 
