@@ -54,6 +54,11 @@ def test_it_is_as_close_to_the_mathematics_as_torch(V, N, dtype, backend, device
     assert_as_close_as_torch(embed(tokens), *tables_of(V, N, 9, dtype, device), ops=load_ops(backend))
 
 
+def test_it_is_so_for_the_widest_model(device, triton_ops):
+    tokens = torch.tensor([[2, 0, 2]], device=device)
+    assert_as_close_as_torch(embed(tokens), *tables_of(3, 12288, 3, torch.float16, device), ops=triton_ops)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", [8, CHUNK])
 @pytest.mark.parametrize("tokens", TEXTS.values(), ids=TEXTS)

@@ -49,6 +49,13 @@ def test_it_is_as_close_to_the_mathematics_as_torch(shape, dtype, ways, device, 
     )
 
 
+@pytest.mark.parametrize("shape", [((3,), 17, 1600), ((2,), 7, 12288)])
+def test_it_is_so_for_wide_models(shape, device, triton_ops, monkeypatch):
+    force(FUSED, monkeypatch)
+    inputs = inputs_of(*shape, torch.float16, device)
+    assert_as_close_as_torch(lambda ops, *inputs: ops.linear_gelu(*inputs), *inputs, ops=triton_ops)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [((3,), 5, 7), ((70,), 70, 40)])
 def test_the_exact_form_is_as_close(shape, dtype, ways, device, triton_ops):
@@ -106,6 +113,7 @@ def test_the_table_is_read_as_it_is_written():
         assert entry.backward in (None, *linear_gelu.CANDIDATES["backward", entry.arch])
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("device")
 @settings(max_examples=10 if DEVICE == "cpu" else 4, deadline=None)
 @given(
@@ -121,6 +129,7 @@ def test_fused_or_not_makes_no_difference(rows, K, N, tile):
     for way in (tile, None):
         y, u = linear_gelu.launch_forward(*inputs, "tanh", way)
         results.append([y, u, *linear_gelu.launch_backward(inputs[1], u, dy, "tanh", way)])
+    # of a few small numbers the largest rounding error says too little for the rule of `fastgpt_kernels.testing`
     for fused, plain in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
 
@@ -178,7 +187,7 @@ def test_it_compiles_whole(backend, device, monkeypatch):
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(output_and_gradients(compiled, inputs), output_and_gradients(call, inputs), strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours, eager)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
