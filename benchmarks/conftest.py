@@ -16,11 +16,11 @@ import pytest
 import torch
 from fastgpt_kernels import load_ops
 from fastgpt_kernels.builtin import BUILTIN
-from fastgpt_kernels.testing import assert_as_close_as_torch, assert_close
+from fastgpt_kernels.testing import assert_close, pytorch_and_oracle, results_of
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks import contenders, environment, roofs, timing
+from benchmarks import contenders, environment, roofs, table, timing
 from benchmarks.contenders import OURS, Unavailable
 from benchmarks.shapes import Scale
 from benchmarks.work import Work
@@ -28,18 +28,22 @@ from benchmarks.work import Work
 SCALES = tuple(contenders.BY_SCALE)
 CHECKED = pytest.StashKey[dict[tuple[str, ...], str]]()
 COMPILED = pytest.StashKey[dict[tuple[str, ...], Any]]()
+EXPECTED = pytest.StashKey[dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]]]()
 COMPILED_CASES = 2  # the first of each suite
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernel benchmarks")
     group.addoption("--scale", choices=SCALES, help="which shapes: gpu where there is one, else toy")
-    group.addoption("--contenders", help="a comma-separated choice of " + ", ".join(contenders.NAMES))
+    names = ", ".join(contenders.NAMES)
+    group.addoption("--contenders", type=table.chosen, help=f"a comma-separated choice of {names}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "operation(name, cases, directions): what a suite measures")
-    config.stash[CHECKED], config.stash[COMPILED] = {}, {}
+    config.stash[CHECKED], config.stash[COMPILED], config.stash[EXPECTED] = {}, {}, {}
+    if scale_of(config) == "gpu" and not torch.cuda.is_available():
+        raise pytest.UsageError("--scale is gpu, and PyTorch sees none")
     if scale_of(config) == "toy":
         torch.set_num_threads(1)  # toys are too small to share, and threads wait for each other where others work
 
@@ -203,9 +207,27 @@ def verify(request: pytest.FixtureRequest, contender_name: str, case_name: str) 
 
 
 @pytest.fixture
-def check(verify: Callable[[Callable[[], None]], None], contender: Any) -> Callable[..., None]:
-    """Compares `call(contender, *inputs)`, its results and all gradients, with the mathematics."""
-    return lambda call, *inputs: verify(lambda: assert_as_close_as_torch(call, *inputs, ops=contender))
+def check(
+    request: pytest.FixtureRequest, verify: Callable[[Callable[[], None]], None], contender: Any, case_name: str
+) -> Callable[..., None]:
+    """Compares `call(contender, *inputs)`, its results and all gradients, with the mathematics.
+
+    What it is compared with is computed once for all contenders of a case, whose inputs are the same. `also` is a
+    further check, as of what dropout does.
+    """
+    known = request.config.stash[EXPECTED]
+
+    def run(call: Callable[..., Any], inputs: tuple[Tensor, ...], also: Callable[[], None] | None) -> None:
+        key = (*request.node.get_closest_marker("operation").args, case_name, *(x.shape for x in inputs))
+        if key not in known:
+            known.clear()
+            known[key] = pytorch_and_oracle(call, inputs)
+        ours = results_of(lambda *xs: call(contender, *xs), inputs)
+        assert_close(ours, *known[key], [x.dtype for x in ours])
+        if also:
+            also()
+
+    return lambda call, *inputs, also=None: verify(lambda: run(call, inputs, also))
 
 
 @pytest.fixture
@@ -213,8 +235,8 @@ def check_output(verify: Callable[[Callable[[], None]], None], contender: Any) -
     """The same of an operation without gradients: its one result, in the dtype of its first input."""
 
     def run(call: Callable[..., Tensor], *inputs: Tensor) -> None:
-        exact = [x.double().cpu() if x.is_floating_point() else x.cpu() for x in inputs]
-        ours, theirs = (call(ops, *inputs).double().cpu() for ops in (contender, BUILTIN))
+        exact = [x.double() if x.is_floating_point() else x for x in inputs]
+        ours, theirs = (call(ops, *inputs) for ops in (contender, BUILTIN))
         assert_close([ours], [theirs], [call(load_ops("reference"), *exact)], [inputs[0].dtype])
 
     return lambda call, *inputs: verify(lambda: run(call, *inputs))

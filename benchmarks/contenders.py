@@ -10,6 +10,9 @@ A contender has the operations that it offers as attributes, with the signatures
     sdpa-cudnn    projection to split, nor a gradient to put together, as "eager" has
     liger         Liger-Kernel, where it is installed
 
+"eager" and "compile" also have `masked_attention(qkv, mask)` and "eager" `masked_decode_attention(q, k_cache, v_cache,
+mask)`: what takes a mask is given one that was made outside the time, as a model makes it once for all its layers.
+
 Those that are ours must be as close to the mathematics as PyTorch; of the others it is recorded whether they are.
 """
 
@@ -64,7 +67,9 @@ def load(name: str, device: str) -> Any:
     if name == "torch":
         return load_ops("torch")
     if name == "eager":
-        return EAGER
+        return SimpleNamespace(
+            **EAGER._asdict(), masked_attention=masked_attention, masked_decode_attention=masked_decode_attention
+        )
     if name == "compile":
         return compiled()
     if device == "cpu":
@@ -84,10 +89,20 @@ def eager_attention(
     document_ids: Tensor | None = None,
 ) -> Tensor:
     """`scaled_dot_product_attention`, with its own dropout."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mask = visible(qkv, window, document_ids) if window is not None or document_ids is not None else None
+    return masked_attention(qkv, mask, scale=scale, dropout_p=dropout_p)
+
+
+def masked_attention(qkv: Tensor, mask: Tensor | None, *, scale: float | None = None, dropout_p: float = 0.0) -> Tensor:
+    """The same with a mask that says who sees whom, (T, T) or (B, 1, T, T)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None, scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+def masked_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
+    """One query over a cache of which the mask (B, 1, 1, T_max) shows the places in use."""
+    return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=mask).squeeze(2)
 
 
 def eager_add_layer_norm(
@@ -143,11 +158,10 @@ def compiled() -> SimpleNamespace:
     # a compiled backward would otherwise refuse to run twice on what one forward kept
     compiler_config.donated_buffer = False
     torch.compiler.reset()
+    operations = {operation: getattr(EAGER, operation) for operation in EAGER._fields[1:]}
+    operations["masked_attention"] = masked_attention
     return SimpleNamespace(
-        **{
-            operation: torch.compile(getattr(EAGER, operation), fullgraph=True, dynamic=False)
-            for operation in EAGER._fields[1:]
-        }
+        **{name: torch.compile(operation, fullgraph=True, dynamic=False) for name, operation in operations.items()}
     )
 
 

@@ -5,13 +5,14 @@
 Each part is a process that has its share of the time that is left, tells what it finds line by line, and is stopped
 when its time is over. The results file in the folder (else $OUT, else benchmarks/results) is rewritten while parts
 run, so that nothing is lost whenever the command is cut short. A short table comes last. The exit code is 1 where a
-part failed or did not come to its end. Without a GPU it runs toys, which show that it works.
+part failed or did not come to its end, or none could be measured. Without a GPU it runs toys, which show that it works.
 """
 
 import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ SECONDS = 450.0
 LOOK_EVERY = 2.0  # seconds between two looks at what a part has found
 # what a part has for its last test after it is told to begin no more
 GRACE_SHARE, GRACE_SECONDS = 0.1, 10.0
-PARITY_WORKERS = 8
+PARITY_WORKERS = 14  # of 16 cores: most of their time goes into compiling, with one thread each
 LINES, UNTIL = "{lines}", "{until}"
 
 
@@ -80,9 +81,12 @@ def parts_for(scale: str, contenders: str | None, peer_path: str | None = None) 
     pytest = (sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short")
     pytest += ("-p", "benchmarks.lines", "--lines", LINES, "--until", UNTIL)
     if scale == "gpu":
-        parity = ("tests/kernels", "-m", "gpu", "-n", str(PARITY_WORKERS), "--dist", "worksteal")
+        parity = ("tests/kernels", "tests/model", "-m", "gpu and not slow", "-n", str(PARITY_WORKERS))
+        parity += ("--dist", "worksteal")
     else:
         parity = ("tests/kernels/test_grad_norm.py", "-n", "0")
+    # what PyTorch would take for each worker is all of them
+    threads = ("env", f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // PARITY_WORKERS)}")
     timed = ("-n", "0", "--benchmark-enable", "--benchmark-quiet", "--scale", scale)
     timed += ("--contenders", contenders) if contenders else ()
 
@@ -91,7 +95,7 @@ def parts_for(scale: str, contenders: str | None, peer_path: str | None = None) 
 
     sanitizer = (sys.executable, "-m", "benchmarks.sanitizer", "--lines", LINES, "--until", UNTIL)
     return [
-        Part("parity", 0.26, (*pytest, *parity)),
+        Part("parity", 0.26, (*threads, *pytest, *parity)),
         Part("sanitizer", 0.16, sanitizer),
         Part("attention", 0.22, suites("attention")),
         Part("norms", 0.1, suites("norms")),
@@ -125,24 +129,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = [part.name for part in parts_for("toy", None)]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=known, default=known, metavar="PART", help=", ".join(known))
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
+    parser.add_argument("--seconds", type=positive, default=SECONDS, help="for all parts together")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT", ROOT / "benchmarks" / "results"))
     parser.add_argument("--scale", choices=("gpu", "cpu", "toy"), help="gpu where there is one, else toy")
-    parser.add_argument("--contenders", help="a comma-separated choice, for the kernels")
+    parser.add_argument("--contenders", type=table.chosen, help="a comma-separated choice, for the kernels")
     parser.add_argument("--peer-path", help="a folder with nanoGPT's model.py, to be measured beside a step")
     parser.add_argument("--commit", help="where git is not at hand to tell")
     parser.add_argument("--gate", action="store_true", help="exit with 1 also where a goal that was measured is missed")
     chosen = parser.parse_args(arguments)
+    if problem := against_folder(Path(chosen.out)):
+        parser.error(f"--out is {chosen.out}, which cannot be written to: {problem}")
     if chosen.peer_path:
         chosen.peer_path = str(Path(chosen.peer_path).resolve())
     found = describe()
     scale = chosen.scale or ("gpu" if found["kind"] == "gpu" else "toy")
+    if scale == "gpu" and found["kind"] != "gpu":
+        parser.error("--scale is gpu, and PyTorch sees none")
     parts = [part for part in parts_for(scale, chosen.contenders, chosen.peer_path) if part.name in chosen.parts]
     path, record = open_record(Path(chosen.out), found, scale, chosen.commit or environment.commit())
     passed = run(parts, chosen.seconds, path, record)
     print("\n" + "\n".join(table.summary(record)) + f"\nresults: {path}")
     missed = chosen.gate and any(verdict["reached"] is False for verdict in record["goals"])
     return 0 if passed and not missed else 1
+
+
+def positive(text: str) -> float:
+    """A number of seconds."""
+    with contextlib.suppress(ValueError):
+        if 0.0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+
+
+def against_folder(folder: Path) -> str | None:
+    """Why no file can be written into a folder, which is made where there is none; None where one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def describe() -> Record:
@@ -171,7 +197,11 @@ def open_record(folder: Path, found: Record, scale: str, commit: str) -> tuple[P
 
 
 def run(parts: Sequence[Part], seconds: float, path: Path, record: Record) -> bool:
-    """Run parts one after another within so many seconds, and keep what they find; whether all of them passed."""
+    """Run parts one after another within so many seconds, and keep what they find.
+
+    Returns:
+        Whether each passed that could be measured here, and one could.
+    """
     end = time.monotonic() + seconds
     for part in parts:
         record["parts"].pop(part.name, None)
@@ -188,7 +218,8 @@ def run(parts: Sequence[Part], seconds: float, path: Path, record: Record) -> bo
             results.write(path, record)
 
         run_part(part, limit, keep)
-    return all(ended_well(record["parts"][part.name]["outcome"]) for part in parts)
+    outcomes = [record["parts"][part.name]["outcome"] for part in parts]
+    return all(map(ended_well, outcomes)) and "passed" in outcomes
 
 
 def run_part(part: Part, limit: float, keep: Callable[[Record], Any]) -> None:
@@ -221,9 +252,29 @@ def started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        # also where it has ended by itself: what it leaves behind would run beside the next part
+        kill_session(process.pid)
+        process.wait()
+
+
+def kill_session(leader: int) -> None:
+    """Kill the processes of a session: the leader's group, and on Linux the other groups as well."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+    killed: set[int] = set()
+    while found := set(session(leader)) - killed:  # some may begin while others are looked for
+        killed |= found
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def session(leader: int) -> Iterator[int]:
+    """The processes of a session, as Linux lists them."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(entry.name)) == leader:
+                yield int(entry.name)
 
 
 def outcome_of(code: int | None, limit: float, found: Record) -> str:
@@ -235,9 +286,9 @@ def outcome_of(code: int | None, limit: float, found: Record) -> str:
         return f"failed with exit code {code}"
     if counts.get(NO_TIME):
         return f"out of time: {counts[NO_TIME]} not reached in {limit:.0f} s"
-    if set(counts) == {"not measured"}:
-        return f"{NOT_MEASURED}: {found['reasons'][0]}"
-    return "passed" if counts else "failed: nothing ran"
+    if "passed" in counts:
+        return "passed"
+    return f"{NOT_MEASURED}: {found['reasons'][0]}" if counts else "failed: nothing ran"
 
 
 def ended_well(outcome: str) -> bool:

@@ -33,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=PAGE)
     chosen = parser.parse_args(arguments)
-    chosen.out.write_text(page(results.read_all(chosen.results)))
+    if not chosen.results.is_dir():
+        parser.error(f"--results is {chosen.results}, which is not a folder")
+    try:
+        chosen.out.write_text(page(results.read_all(chosen.results)))
+    except OSError as error:
+        parser.error(f"--out is {chosen.out}, which cannot be written: {error.strerror}")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""compute-sanitizer's memcheck and racecheck over each operation's kernels, several processes at once.
+"""compute-sanitizer's memcheck and racecheck over each operation's kernels, several processes at once, the most telling
+first.
 
     python -m benchmarks.sanitizer --lines FILE --until SECONDS
 
@@ -6,9 +7,11 @@ Each check is a line of JSON in the file, as `benchmarks.lines` has them. Exit c
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +23,25 @@ from benchmarks.lines import append
 from benchmarks.results import NO_TIME, NOT_MEASURED
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("memcheck", "racecheck")
+# in the order of their turns: first the kernels with the most ways to go wrong, last those that another case has too
+CASES = (
+    "causal_attention",
+    "add_layer_norm",
+    "cross_entropy",
+    "embedding",
+    "linear_gelu_fused",
+    "decode_attention",
+    "bias_gelu",
+    "adamw",
+    "gradient_norm",
+    "dropout_add",
+    "gelu",
+    "dropout",
+    "layer_norm",
+    "linear_cross_entropy",
+)
+# without shared memory, in which alone racecheck looks for races
+ELEMENT_BY_ELEMENT = ("gelu", "dropout", "dropout_add", "adamw")
 PROGRAM = "compute-sanitizer"
 FOUND_ERRORS = 99
 # cores for each process: PyTorch's start and the compiler keep more than one busy
@@ -33,7 +54,6 @@ def main() -> int:
     parser.add_argument("--lines", type=Path, required=True)
     parser.add_argument("--until", type=float, required=True)
     arguments = parser.parse_args()
-    checks = [(tool, name) for name in case_names() for tool in TOOLS]
     program = shutil.which(PROGRAM)
     if program is None:
         append(arguments.lines, {"test": PROGRAM, "outcome": NOT_MEASURED, "reason": f"{PROGRAM} not found"})
@@ -41,22 +61,30 @@ def main() -> int:
     failed = False
     writing = threading.Lock()
 
+    compiled = {name: threading.Event() for name in CASES}
+
     def one(check: tuple[str, str]) -> None:
         nonlocal failed
-        line = sanitize(program, *check, until=arguments.until)
+        tool, name = check
+        if tool != "memcheck":
+            compiled[name].wait()
+        try:
+            line = sanitize(program, tool, name, until=arguments.until)
+        finally:
+            compiled[name].set()
         with writing:
             append(arguments.lines, line)
         failed = failed or line["outcome"] == "failed"
 
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES)) as pool:
-        list(pool.map(one, checks))
+        list(pool.map(one, checks()))
     return 1 if failed else 0
 
 
-def case_names() -> list[str]:
-    """The names of the cases; their file is not imported, as that takes PyTorch's seconds and the GPU's memory."""
-    text = (ROOT / "benchmarks" / "sanitizer_case.py").read_text()
-    return re.findall(r"^def (\w+)\(ops: Ops", text, re.MULTILINE)
+def checks() -> list[tuple[str, str]]:
+    """Tools and cases in the order of their turns: a case's second check finds what its first one compiled."""
+    races = [("racecheck", name) for name in CASES if name not in ELEMENT_BY_ELEMENT]
+    return [("memcheck", name) for name in CASES] + races
 
 
 def kernel_names() -> list[str]:
@@ -78,17 +106,23 @@ def sanitize(program: str, tool: str, name: str, until: float) -> dict[str, obje
     command += [sys.executable, "-m", "benchmarks.sanitizer_case", name]
     # PyTorch's allocator hands out parts of large blocks: an access beyond a tensor would be inside of its block
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=until - start
-        )
-    except subprocess.TimeoutExpired:
-        return line | {"outcome": "skipped", "seconds": time.time() - start, "reason": NO_TIME}
+    # a group of its own, so that all of it can be ended; in the session of this part, which is ended with the part
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True, process_group=0
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=until - start)
+        except subprocess.TimeoutExpired:
+            return line | {"outcome": "skipped", "seconds": time.time() - start, "reason": NO_TIME}
+        finally:
+            # what is looked at is a child of the program, and would stay on the GPU without it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     line["seconds"] = time.time() - start
-    if result.returncode == 0:
+    if process.returncode == 0:
         return line | {"outcome": "passed"}
-    kind = "it found errors" if result.returncode == FOUND_ERRORS else f"exit code {result.returncode}"
-    return line | {"outcome": "failed", "reason": f"{kind}:\n{(result.stdout + result.stderr)[-2000:]}"}
+    kind = "it found errors" if process.returncode == FOUND_ERRORS else f"exit code {process.returncode}"
+    return line | {"outcome": "failed", "reason": f"{kind}:\n{output[-2000:]}"}
 
 
 if __name__ == "__main__":

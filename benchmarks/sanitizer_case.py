@@ -177,4 +177,7 @@ def run(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in CASES:
+        print(f"name one case of {', '.join(CASES)}", file=sys.stderr)
+        sys.exit(2)
     run(sys.argv[1])

@@ -1,5 +1,7 @@
 """Results in rows: one for each operation, case and direction, with the contenders side by side."""
 
+import argparse
+import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,6 +11,16 @@ Measurement: TypeAlias = dict[str, Any]
 
 # ours first: the one whose rate and share a row shows is the first that was measured
 CONTENDERS = ("triton", "torch", "eager", "compile", "sdpa-flash", "sdpa-cudnn", "liger")
+
+
+def chosen(text: str) -> str:
+    """A comma-separated choice of contenders, as an option takes it."""
+    for name in text.split(","):
+        if name not in CONTENDERS:
+            near = difflib.get_close_matches(name, CONTENDERS, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(CONTENDERS)}"
+            raise argparse.ArgumentTypeError(f"{name!r} is not a contender; {remedy}")
+    return text
 
 
 class Row(NamedTuple):

@@ -2,32 +2,48 @@
 
 import pytest
 import torch
+from fastgpt_kernels.reference import visible
 
+from benchmarks import masks
 from benchmarks.shapes import ATTENTION, DECODE
 from benchmarks.work import Work, bytes_of
 
 
 @pytest.mark.operation("causal_attention", cases=ATTENTION, directions=("forward", "backward", "both"))
-def test_causal_attention(case, contender, device, draw, check, measure):
+def test_causal_attention(case, contender, contender_name, device, draw, check, measure):
     B, T, H, D = case[:4]
     qkv = draw(B, T, 3, H, D)
     ids = None
     if case.documents:
         ids = (torch.arange(T, device=device) * case.documents // T).expand(B, T)
 
-    def attend(ops, *parts, ids=ids, dropout_p=case.dropout_p):
+    mask = None
+    if hasattr(contender, "masked_attention") and (case.window is not None or ids is not None):
+        mask = visible(qkv, case.window, ids).expand(B, 1, T, T)
+
+    def attend(ops, *parts, ids=ids, mask=mask, dropout_p=case.dropout_p):
+        if mask is not None and hasattr(ops, "masked_attention"):
+            return ops.masked_attention(*parts, mask, dropout_p=dropout_p)
         # a number: ours stays on the host, where no call waits for it
         options = {"window": case.window, "document_ids": ids, "dropout_p": dropout_p, "seed": 1}
         if hasattr(ops, "attend"):
             return ops.attend(*parts, **options)
         return ops.causal_attention(parts[0] if len(parts) == 1 else torch.stack(parts, 2), **options)
 
+    def attend_few(ops, *parts):
+        return attend(
+            ops, *parts, ids=None if ids is None else ids[:2], mask=None if mask is None else mask[:2], dropout_p=0.0
+        )
+
+    def dropout():
+        assert_dropout_is_fair(lambda *xs: attend(contender, *xs), parts)
+        if contender_name == "triton":
+            masks.assert_attention_as_close(lambda x: attend(contender, x), few[0], case.dropout_p)
+
     parts = qkv.unbind(2) if hasattr(contender, "attend") else (qkv,)
     heads = 2 if T <= 1024 else 1  # the oracle holds T x T weights in float64
-    few = [x[:1, :, ..., :heads, :] for x in parts]
-    check(lambda ops, *xs: attend(ops, *xs, ids=None if ids is None else ids[:1].to(xs[0].device), dropout_p=0.0), *few)
-    if case.dropout_p:
-        assert_dropout_is_fair(lambda *xs: attend(contender, *xs), parts, case)
+    few = [x[:2, :, ..., :heads, :] for x in parts]
+    check(attend_few, *few, also=dropout if case.dropout_p else None)
     pairs = B * visible_pairs(case)
     work = Work(
         "FLOP",
@@ -49,7 +65,7 @@ def visible_pairs(case):
     return (i - first + 1).sum().item()
 
 
-def assert_dropout_is_fair(call, parts, case):
+def assert_dropout_is_fair(call, parts):
     """With values of 1, the output is the sum of the kept weights: 1 on average, and not always."""
     ones = [x.clone() for x in parts]
     (ones[0][:, :, 2] if len(ones) == 1 else ones[2]).fill_(1.0)
@@ -63,7 +79,11 @@ def test_decode_attention(case, contender, device, draw, check_output, measure):
     q, k_cache, v_cache = draw(B, H, D), draw(B, H, T, D), draw(B, H, T, D)
     lengths = T - torch.arange(B, device=device) % (T // 4)
 
+    mask = (torch.arange(T, device=device) < lengths[:, None])[:, None, None]
+
     def attend(ops, q, k_cache, v_cache, lengths):
+        if hasattr(ops, "masked_decode_attention"):
+            return ops.masked_decode_attention(q, k_cache, v_cache, mask[: len(q)])
         return ops.decode_attention(q, k_cache, v_cache, lengths)
 
     check_output(attend, q[:2, :2], k_cache[:2, :2], v_cache[:2, :2], lengths[:2])

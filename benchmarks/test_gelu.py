@@ -3,9 +3,8 @@
 import pytest
 
 from benchmarks.shapes import MLPS
-from benchmarks.work import Work, bytes_of
+from benchmarks.work import Work, bytes_of, few_of
 
-FEW = 128  # rows that are checked
 FORMULA = "read x, write y; backward: read x and dy, write dx"
 
 
@@ -16,7 +15,7 @@ def test_gelu(case, contender, draw, check, measure):
     def gelu(ops, x):
         return ops.gelu(x)
 
-    check(gelu, x[:FEW])
+    check(gelu, *few_of(x))
     measure(gelu, x, work=Work("byte", FORMULA, 2 * bytes_of(x), 3 * bytes_of(x)))
 
 
@@ -27,7 +26,7 @@ def test_bias_gelu(case, contender, draw, check, measure):
     def gelu(ops, x, bias):
         return ops.bias_gelu(x, bias)
 
-    check(gelu, x[:FEW], bias)
+    check(gelu, *few_of(x), bias)
     measure(gelu, x, bias, work=Work("byte", FORMULA, 2 * bytes_of(x), 3 * bytes_of(x)))
 
 
@@ -39,7 +38,7 @@ def test_linear_gelu(case, contender, draw, check, measure):
     def gelu(ops, *inputs):
         return ops.linear_gelu(*inputs)
 
-    check(gelu, x[:FEW], weight, bias)
+    check(gelu, *few_of(x), weight, bias)
     product = 2 * rows * N * 4 * N
     work = Work("FLOP", "2 rows N 4N; backward: twice that, for dx and dW", product, 2 * product)
     measure(gelu, x, weight, bias, work=work)

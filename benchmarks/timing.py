@@ -63,11 +63,27 @@ def input_sets(inputs: Sequence[Tensor], device: str) -> list[tuple[Tensor, ...]
     """The inputs, and as many copies as it takes to sweep the L2 cache between two uses of one of them."""
     sets = [tuple(inputs)]
     if device == "cuda":
-        size = sum(x.untyped_storage().nbytes() for x in inputs)
+        size = sum(storage.nbytes() for storage in storages(inputs).values())
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         copies = min(MAX_SETS, math.ceil(4 * cache / size)) - 1
-        sets += [tuple(x.clone() for x in inputs) for _ in range(copies)]
+        sets += [copied(inputs) for _ in range(copies)]
     return sets
+
+
+def storages(inputs: Sequence[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The memory of the inputs by its address: views of one tensor have it in common."""
+    return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in inputs}
+
+
+def copied(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The inputs in other memory, as they lie in theirs: with their strides, and together where they are together."""
+    copies = {address: storage.clone() for address, storage in storages(inputs).items()}
+
+    def of(x: Tensor) -> Tensor:
+        empty = torch.empty(0, dtype=x.dtype, device=x.device)
+        return empty.set_(copies[x.untyped_storage().data_ptr()], x.storage_offset(), x.shape, x.stride())
+
+    return tuple(of(x) for x in inputs)
 
 
 def steps(call: Callable[..., Any], sets: Sequence[Sequence[Tensor]], direction: str) -> list[Step]:

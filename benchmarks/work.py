@@ -19,6 +19,11 @@ class Work(NamedTuple):
         return both.get(direction) or sum(both.values())
 
 
+def few_of(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The first rows (..., N) of each, as many as are soon checked: more than there are programs that share a sum."""
+    return tuple(x[: max(300, 2**21 // x.shape[-1])] for x in tensors)
+
+
 def bytes_of(*tensors: Tensor) -> int:
     """The size of tensors, were they dense."""
     return sum(x.numel() * x.element_size() for x in tensors)

@@ -33,6 +33,26 @@ engine: {{threads: 1}}
 """
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without `slow` a GPU's run is a choice of minutes: most of its time goes into compiling."""
+    for item in items:
+        if item.get_closest_marker("sweep") and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of a test's tensors: the CPU, and a GPU under the marker gpu."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if request.param == "cpu" and request.node.get_closest_marker("gpu"):
+        pytest.skip("too large for the interpreter")
+    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernels of this process are compiled for its GPU; TRITON_INTERPRET=1 interprets them")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The settings file of a run of seconds, its corpus and its cache beside it."""
@@ -49,7 +69,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """For commands in processes of their own: this environment's programs, no variables of a launcher or of pytest."""
+    """For commands in processes of their own: this environment's programs, no variables of a launcher or of pytest.
+
+    They see no GPU: what they are tested for is the same on every machine.
+    """
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     left_out = (*launcher, "TRITON_INTERPRET")
     kept = {k: v for k, v in os.environ.items() if k not in left_out and not k.startswith("PYTEST_")}
@@ -59,6 +82,7 @@ def environment() -> dict[str, str]:
         "PATH": os.pathsep.join(paths),
         "PYTHONPATH": os.pathsep.join(p for p in source if p),
         "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
     }
 
 

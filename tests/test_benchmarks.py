@@ -5,15 +5,29 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fastgpt_kernels import Ops
+from fastgpt_kernels import Ops, load_ops
+from fastgpt_kernels.reference import visible
 
-from benchmarks import contenders, goals, gpu, report, results, sanitizer, sanitizer_case, shapes, timing
+from benchmarks import (
+    conftest,
+    contenders,
+    goals,
+    gpu,
+    masks,
+    report,
+    results,
+    sanitizer,
+    sanitizer_case,
+    shapes,
+    table,
+    timing,
+)
 from benchmarks.gpu import Part
 
 ROOT = Path(__file__).parents[1]
@@ -93,8 +107,8 @@ def test_the_command_writes_what_each_part_found(command, tmp_path):
     assert losses["outcome"] == "passed" and losses["session"]["copy"] > 0
     assert {row["operation"] for row in losses["benchmarks"]} == {"cross_entropy", "linear_cross_entropy"}
     assert record["parts"]["sanitizer"]["outcome"] == "not measured: compute-sanitizer not found"
-    *_, table, _, losses_line, last = done.stdout.strip().splitlines()
-    assert "linear_cross_entropy toy both" in table and "passed" in losses_line and last == f"results: {path}"
+    *_, row, _, losses_line, last = done.stdout.strip().splitlines()
+    assert "linear_cross_entropy toy both" in row and "passed" in losses_line and last == f"results: {path}"
 
 
 @pytest.mark.slow
@@ -141,7 +155,11 @@ def test_a_part_that_fails_or_hangs_fails_the_command_and_leaves_what_others_fou
     assert all(found[name]["counts"] == {"passed": 1} for name in ("good", "broken", "hanging", "last"))
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
     assert gpu.run([part("broken", WRITE)], 20.0, path, results.read(path))
-    assert list(results.read(path)["parts"]) == ["good", "hanging", "silent", "last", "broken"]
+    skipped = WRITE.replace("'passed'", "'skipped', 'reason': 'nobody is here'")
+    assert not gpu.run([part("broken", skipped)], 20.0, path, results.read(path))
+    assert results.read(path)["parts"]["broken"]["outcome"] == "not measured: nobody is here"
+    assert gpu.run([part("broken", skipped), part("good", WRITE)], 20.0, path, results.read(path))
+    assert list(results.read(path)["parts"]) == ["hanging", "silent", "last", "broken", "good"]
 
 
 def test_a_command_that_is_cut_short_has_written_what_was_found_and_leaves_no_process(tmp_path):
@@ -161,6 +179,76 @@ def test_a_command_that_is_cut_short_has_written_what_was_found_and_leaves_no_pr
     assert found["counts"] == {"passed": 1} and found["outcome"] == "stopped with the command"
     with pytest.raises(ProcessLookupError):
         os.kill(int(number.read_text()), 0)
+
+
+def ends(number):
+    """Whether a process, whose number a file holds, is no more, a second after it was killed at the latest."""
+    status = Path(f"/proc/{number.read_text().strip()}/stat")
+    for _ in range(100):
+        with suppress(OSError):
+            if status.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.01)
+                continue
+        return True
+    return False
+
+
+@pytest.mark.parametrize("group", ["", ", process_group=0"], ids=["in its group", "in a group of its own"])
+@pytest.mark.parametrize("ending", ["", "; time.sleep(100)"], ids=["that ends", "that is stopped"])
+def test_what_a_part_leaves_behind_is_ended(ending, group, tmp_path):
+    number = tmp_path / "pid"
+    program = "import subprocess; left = subprocess.Popen(['sleep', '100']" + group + "); "
+    program += f"open({str(number)!r}, 'w').write(str(left.pid)); " + WRITE + ending.removeprefix("; ")
+    gpu.run_part(part("one", program), 5.0, lambda found: None)
+    assert ends(number)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("gpu", ["--seconds", "-5"], "argument --seconds: '-5' is not a positive number of seconds"),
+        ("gpu", ["--seconds", "nan"], "argument --seconds: 'nan' is not a positive number of seconds"),
+        ("gpu", ["--contenders", "triton,eagre"], "'eagre' is not a contender; did you mean 'eager'?"),
+        ("gpu", ["--contenders", "nobody"], "'nobody' is not a contender; allowed: triton, torch, eager, compile, "),
+        (
+            "gpu",
+            ["--out", "/dev/null/folder"],
+            "--out is /dev/null/folder, which cannot be written to: Not a directory",
+        ),
+        ("gpu", ["--scale", "gpu"], "--scale is gpu, and PyTorch sees none"),
+        ("report", ["--results", "nowhere"], "--results is nowhere, which is not a folder"),
+        ("report", ["--results", ".", "--out", "/dev/null/page"], "--out is /dev/null/page, which cannot be written: "),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_starts(
+    program, arguments, message, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "describe", lambda: {"kind": "cpu", "device": "a CPU"})
+    monkeypatch.setattr(gpu, "run", None)  # a call would fail
+    monkeypatch.setenv("OUT", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        {"gpu": gpu, "report": report}[program].main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_runner_and_the_suites_know_the_same_contenders():
+    assert set(table.CONTENDERS) == set(contenders.NAMES)
+
+
+@on_a_cpu
+def test_the_suites_refuse_the_shapes_of_a_gpu_without_one():
+    config = SimpleNamespace(addinivalue_line=lambda *_: None, stash={}, getoption=lambda *_: "gpu")
+    with pytest.raises(pytest.UsageError, match="--scale is gpu, and PyTorch sees none"):
+        conftest.pytest_configure(config)
+
+
+def test_an_unknown_case_of_the_sanitizer_is_told_in_one_line(command):
+    done = command(sys.executable, "-m", "benchmarks.sanitizer_case", "gellu")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("name one case of causal_attention, ")
 
 
 def test_tests_that_would_begin_too_late_are_told_of(command, tmp_path):
@@ -190,7 +278,11 @@ def test_what_the_sanitizer_looks_at_runs(name):
 
 
 def test_every_operation_with_kernels_is_looked_at_by_the_sanitizer():
-    assert list(sanitizer_case.CASES) == sanitizer.case_names()
+    assert sorted(sanitizer_case.CASES) == sorted(sanitizer.CASES)
+    checks = sanitizer.checks()
+    memory, races = ([name for tool, name in checks if tool == each] for each in ("memcheck", "racecheck"))
+    assert memory == list(sanitizer.CASES) and set(races) == {*sanitizer.CASES} - {*sanitizer.ELEMENT_BY_ELEMENT}
+    assert [tool for tool, _ in checks] == sorted(tool for tool, _ in checks)
     assert {"linear_gelu_fused", "adamw", "gradient_norm", *Ops._fields[1:]} == {*sanitizer_case.CASES, "linear_gelu"}
     assert {"forward_kernel", "_dropout_kernel", "_update_kernel"} <= set(sanitizer.kernel_names())
 
@@ -209,6 +301,35 @@ def test_the_sanitizer_is_asked_of_our_kernels_only_and_its_answer_kept(code, ou
     if code:
         assert ("found errors" in line["reason"]) == (code == 99) and "1 --tool" in line["reason"]
     assert sanitizer.sanitize(str(program), "memcheck", "gelu", time.time() - 1)["reason"] == "no time left"
+
+
+def test_a_check_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+    number = tmp_path / "pid"
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > {number}.part\nmv {number}.part {number}\nwait\n")
+    program.chmod(0o755)
+    line = sanitizer.sanitize(str(program), "memcheck", "gelu", time.time() + 2)
+    assert line["outcome"] == "skipped" and line["reason"] == "no time left" and line["seconds"] < 10
+    assert ends(number)
+
+
+def test_a_check_waits_for_the_one_that_compiles_its_case(tmp_path, monkeypatch):
+    """With a sanitizer that writes down when it begins and ends."""
+    log = tmp_path / "log"
+    program = tmp_path / "compute-sanitizer"
+    text = 'eval name=\\${$#}\necho "$2 $name begins" >> LOG\nsleep 0.2\necho "$2 $name ends" >> LOG\n'
+    program.write_text("#!/bin/sh\n" + text.replace("LOG", str(log)))
+    program.chmod(0o755)
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: str(program))
+    monkeypatch.setattr(sanitizer.os, "cpu_count", lambda: 64)
+    lines = tmp_path / "lines.jsonl"
+    monkeypatch.setattr(sys, "argv", ["sanitizer", "--lines", str(lines), "--until", str(time.time() + 60)])
+    assert sanitizer.main() == 0
+    assert {line["outcome"] for line in results.lines_of(lines)} == {"passed"}
+    events = log.read_text().splitlines()
+    for tool, name in sanitizer.checks():
+        if tool == "racecheck":
+            assert events.index(f"memcheck {name} ends") < events.index(f"racecheck {name} begins")
 
 
 def row(operation, case, direction, contender, median, rate=1.0, share=1.0, unit="byte"):
@@ -341,6 +462,71 @@ def test_a_round_on_a_gpu_is_one_graph_over_inputs_that_sweep_the_cache(directio
         assert prepared.timed_by == "CUDA graph" and prepared.run == captured.clear
         # a backward alone runs no forward
         assert len(captured) == (0 if direction == "backward" else prepared.calls)
+
+
+def test_copies_of_inputs_lie_in_memory_as_the_inputs_do(monkeypatch):
+    qkv, table = torch.randn(2, 5, 3, 4), torch.randn(6, 7).t()
+    inputs = [*qkv.unbind(2), table]
+    size = qkv.untyped_storage().nbytes() + table.untyped_storage().nbytes()
+    # three sets sweep a cache of that size
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=size * 5 // 8)
+    )
+    sets = timing.input_sets(inputs, "cuda")
+    assert len(sets) == 3
+    for copies in sets[1:]:
+        assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(copies, inputs, strict=True))
+        assert len(timing.storages(copies)) == 2 and not {*timing.storages(copies)} & {*timing.storages(inputs)}
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"document_ids": torch.arange(9).expand(2, 9) // 4}])
+def test_a_mask_made_before_is_the_one_that_eager_makes(options):
+    eager, qkv = contenders.load("eager", "cpu"), torch.randn(2, 9, 3, 2, 16)
+    mask = visible(qkv, options.get("window"), options.get("document_ids"))
+    assert torch.equal(eager.masked_attention(qkv, mask), eager.causal_attention(qkv, **options))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    lengths = torch.tensor([4, 9])
+    used = (torch.arange(9) < lengths[:, None])[:, None, None]
+    assert torch.equal(
+        eager.masked_decode_attention(q[:, :, 0], k, v, used), eager.decode_attention(q[:, :, 0], k, v, lengths)
+    )
+
+
+@on_a_cpu
+def test_dropout_that_is_wrong_is_found():
+    torch.manual_seed(0)
+    ops, x, nothing, ones = load_ops("triton"), torch.rand(40, 30) + 0.5, torch.zeros(40, 30), torch.ones(30)
+
+    def masked(ops, z, x, *others):
+        return ops.add_layer_norm(x * z, *others)
+
+    def norm(*xs, p=0.25):
+        return ops.add_layer_norm(*xs, dropout_p=p, seed=1)
+
+    def loose(x, *others):
+        # the results of the right mask, and the gradient of none
+        normed, total = norm(x, *others)
+        return normed, total.detach() + x - x.detach()
+
+    def check(call):
+        masks.assert_as_close(call, masked, lambda found: found[1] != 0, 0.25, x, nothing, ones, ones)
+
+    check(norm)
+    wrong = [
+        (lambda *xs: norm(*xs, p=0.5), "rate"),
+        (lambda x, *others: norm(x * 0.99, *others), "result [01] "),
+        (loose, "result 2 "),
+    ]
+    for call, message in wrong:
+        with pytest.raises(AssertionError, match=message):
+            check(call)
+
+    qkv = torch.randn(1, 33, 3, 1, 16)
+    attend = lambda x, p=0.25, seed=1: ops.causal_attention(x, dropout_p=p, seed=seed)  # noqa: E731
+    masks.assert_attention_as_close(attend, qkv, 0.25)
+    for call, message in ((lambda x: attend(x, p=0.5), "rate"), (lambda x: attend(x) * 1.01, "result 0 ")):
+        with pytest.raises(AssertionError, match=message):
+            masks.assert_attention_as_close(call, qkv, 0.25)
 
 
 def test_what_a_call_destroys_is_restored_before_every_call():

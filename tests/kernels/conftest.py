@@ -1,4 +1,4 @@
-"""Where the kernels of these tests run: Triton's interpreter without a GPU, the GPU itself (marker gpu) with one."""
+"""Where the kernels of these tests run: Triton's interpreter without a GPU, the GPU itself with one."""
 
 import contextlib
 import dataclasses
@@ -18,18 +18,6 @@ if not torch.cuda.is_available():
 import triton.language as tl
 from fastgpt_kernels import Ops, load_ops
 from triton.runtime import interpreter
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """The device of a test's tensors."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    if request.param == "cpu" and request.node.get_closest_marker("gpu"):
-        pytest.skip("too large for the interpreter")
-    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("the kernels of this process are compiled for its GPU; TRITON_INTERPRET=1 interprets them")
-    return request.param
 
 
 @pytest.fixture

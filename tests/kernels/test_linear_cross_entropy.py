@@ -4,7 +4,12 @@ import weakref
 import pytest
 import torch
 from fastgpt_kernels import UnsupportedInput, cross_entropy, linear_cross_entropy, load_ops
-from fastgpt_kernels.testing import assert_as_close_as_torch, output_and_gradients
+from fastgpt_kernels.testing import (
+    assert_as_close_as_torch,
+    assert_close,
+    output_and_gradients,
+    pytorch_and_oracle,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 # of this name the package holds the function
 torch_file = importlib.import_module("fastgpt_kernels.torch_ops.linear_cross_entropy")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
 BUDGET = 1.5e9  # bytes above inputs and outputs, at 65,536 x 50,257
@@ -39,11 +45,14 @@ def inputs_of(rows, N, V, dtype=torch.float32, device="cpu", ignored=0.3):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (11, 5, 3), (9, 33, 300), pytest.param((700, 768, 50257), marks=pytest.mark.gpu)]
+    ("shape", "chunk"),
+    [
+        *((shape, chunk) for shape in ((1, 1, 1), (11, 5, 3), (9, 33, 300)) for chunk in (4, 5_120)),
+        pytest.param((700, 768, 50257), 256, marks=pytest.mark.gpu),
+    ],
 )
-@pytest.mark.parametrize("chunk", [4, 5_120])
 def test_it_is_as_close_to_the_mathematics_as_torch(chunk, shape, dtype, reduction, device, ops, chunks_of):
-    chunks_of(chunk if shape[0] < 100 else 256)
+    chunks_of(chunk)
     assert_as_close_as_torch(
         lambda ops, x, weight, targets: ops.linear_cross_entropy(x, weight, targets, reduction=reduction),
         *inputs_of(*shape, dtype, device),
@@ -51,15 +60,15 @@ def test_it_is_as_close_to_the_mathematics_as_torch(chunk, shape, dtype, reducti
     )
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_so_for_the_vocabulary_of_gpt_2(dtype, device, ops, chunks_of):
-    chunks_of(256)
-    inputs = inputs_of(700, 768, 50257, dtype, device)
+    chunks_of(2)
+    inputs = inputs_of(3, 24, 50257, dtype, device)
     assert_as_close_as_torch(lambda ops, *inputs: ops.linear_cross_entropy(*inputs), *inputs, ops=ops)
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.usefixtures("device")
+@settings(max_examples=20 if DEVICE == "cpu" else 4, deadline=None)
 @given(
     rows=st.integers(1, 9),
     N=st.integers(1, 20),
@@ -68,13 +77,13 @@ def test_it_is_so_for_the_vocabulary_of_gpt_2(dtype, device, ops, chunks_of):
     backend=st.sampled_from(["triton", "torch"]),
 )
 def test_it_is_the_cross_entropy_of_the_logits_wherever_the_chunks_end(rows, N, V, chunk, backend):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     ops = load_ops(backend)
-    inputs = inputs_of(rows, N, V, device=device)
+    inputs = inputs_of(rows, N, V, device=DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_file, "chunk_rows", lambda V, itemsize: chunk)
         ours = output_and_gradients(ops.linear_cross_entropy, inputs)
     plain = output_and_gradients(lambda x, weight, targets: ops.cross_entropy(x @ weight.t(), targets), inputs)
+    # of a few small numbers the largest rounding error says too little for the rule of `fastgpt_kernels.testing`
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -210,9 +219,9 @@ def test_a_target_that_is_ignored_does_not_count(device, ops, chunks_of):
     targets = torch.where(counts, targets % 7, 7)
     call = lambda x, weight, targets: ops.linear_cross_entropy(x, weight, targets, ignore_index=7)  # noqa: E731
     loss, dx, dweight = output_and_gradients(call, [x, weight, targets])
-    fewer = output_and_gradients(call, [x[counts], weight, targets[counts]])
-    for one, other in zip((loss, dx[counts.cpu()], dweight), fewer, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    fewer = pytorch_and_oracle(lambda ops, *xs: ops.linear_cross_entropy(*xs), [x[counts], weight, targets[counts]])
+    theirs, exact = ([x.double().cpu() for x in results] for results in fewer)
+    assert_close([loss, dx[counts.cpu()], dweight], theirs, exact, [torch.float32] * 3)
     assert not dx[~counts.cpu()].any()
 
 

@@ -7,6 +7,7 @@ from fastgpt_kernels.tiles import ARCHITECTURES, listed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # rows..., K, N
 SHAPES = [((1,), 1, 1), ((3,), 5, 7), ((2, 3), 33, 768), ((17,), 65, 1023), ((70,), 70, 40)]
 WIDE = [((9,), 1600, 33), ((2,), 7, 12288), ((300,), 129, 70)]
@@ -46,6 +47,13 @@ def test_it_is_as_close_to_the_mathematics_as_torch(shape, dtype, ways, device, 
     assert_as_close_as_torch(
         lambda ops, *inputs: ops.linear_gelu(*inputs), *inputs_of(*shape, dtype, device), ops=triton_ops
     )
+
+
+@pytest.mark.parametrize("shape", [((3,), 17, 1600), ((2,), 7, 12288)])
+def test_it_is_so_for_wide_models(shape, device, triton_ops, monkeypatch):
+    force(FUSED, monkeypatch)
+    inputs = inputs_of(*shape, torch.float16, device)
+    assert_as_close_as_torch(lambda ops, *inputs: ops.linear_gelu(*inputs), *inputs, ops=triton_ops)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +113,9 @@ def test_the_table_is_read_as_it_is_written():
         assert entry.backward in (None, *linear_gelu.CANDIDATES["backward", entry.arch])
 
 
-@settings(max_examples=10, deadline=None)
+@pytest.mark.sweep
+@pytest.mark.usefixtures("device")
+@settings(max_examples=10 if DEVICE == "cpu" else 4, deadline=None)
 @given(
     rows=st.integers(1, 70),
     K=st.integers(1, 40),
@@ -113,13 +123,13 @@ def test_the_table_is_read_as_it_is_written():
     tile=st.sampled_from([SMALL, Tile(16, 64, 16, 4, 1)]),
 )
 def test_fused_or_not_makes_no_difference(rows, K, N, tile):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = inputs_of((rows,), K, N, torch.float32, device)
-    dy = torch.randn(rows, N, device=device)
+    inputs = inputs_of((rows,), K, N, torch.float32, DEVICE)
+    dy = torch.randn(rows, N, device=DEVICE)
     results = []
     for way in (tile, None):
         y, u = linear_gelu.launch_forward(*inputs, "tanh", way)
         results.append([y, u, *linear_gelu.launch_backward(inputs[1], u, dy, "tanh", way)])
+    # of a few small numbers the largest rounding error says too little for the rule of `fastgpt_kernels.testing`
     for fused, plain in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
 
@@ -177,7 +187,7 @@ def test_it_compiles_whole(backend, device, monkeypatch):
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(output_and_gradients(compiled, inputs), output_and_gradients(call, inputs), strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours, eager)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -16,28 +16,27 @@ from fastgpt.config import ModelConfig
 from fastgpt.model import build_model
 from fastgpt.model.dropout import dropout_seeds
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 80, "context": 37, "vocab_size": 97}
 
 
 def loss_and_gradients(
-    backend: Backend, config: ModelConfig, dtype: torch.dtype, *, checkpointed: bool = False
+    backend: Backend, config: ModelConfig, dtype: torch.dtype, device: str, *, checkpointed: bool = False
 ) -> dict[str, Tensor]:
     """The loss of one batch and the gradient of every parameter, in float64 on the CPU."""
-    model = build_model(config, load_ops(backend), seed=3).to(DEVICE, dtype)
+    model = build_model(config, load_ops(backend), seed=3).to(device, dtype)
     tokens = torch.randint(config.vocab_size, (2, config.context + 1), generator=torch.Generator().manual_seed(1))
-    inputs, targets = tokens[:, :-1].to(DEVICE), tokens[:, 1:].to(DEVICE)
+    inputs, targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
     loss = model(inputs, targets=targets, dropout_seed=9, checkpoint_activations=checkpointed)
     loss.backward()
     results = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
     return {name: tensor.double().cpu() for name, tensor in results.items()}
 
 
-def test_gradients_of_a_triton_step_are_as_close_to_float64_as_twice_pytorch(norm: str) -> None:
+def test_gradients_of_a_triton_step_are_as_close_to_float64_as_twice_pytorch(norm: str, device: str) -> None:
     config = ModelConfig.model_validate(SHAPE | {"norm": norm})
-    oracle = loss_and_gradients("reference", config, torch.float64)
-    theirs = loss_and_gradients("torch", config, torch.float32)
-    ours = loss_and_gradients("triton", config, torch.float32)
+    oracle = loss_and_gradients("reference", config, torch.float64, device)
+    theirs = loss_and_gradients("torch", config, torch.float32, device)
+    ours = loss_and_gradients("triton", config, torch.float32, device)
     too_far = {}
     for name, exact in oracle.items():
         error, peer_error = ((result[name] - exact).abs().max() for result in (ours, theirs))
@@ -47,21 +46,20 @@ def test_gradients_of_a_triton_step_are_as_close_to_float64_as_twice_pytorch(nor
     assert too_far == {}
 
 
-def test_a_recomputed_triton_step_with_dropout_has_the_same_gradients() -> None:
+def test_a_recomputed_triton_step_with_dropout_has_the_same_gradients(device: str) -> None:
     config = ModelConfig.model_validate(SHAPE | {"n_embd": 32, "context": 19, "dropout": 0.2})
-    kept = loss_and_gradients("triton", config, torch.float32)
-    recomputed = loss_and_gradients("triton", config, torch.float32, checkpointed=True)
+    kept = loss_and_gradients("triton", config, torch.float32, device)
+    recomputed = loss_and_gradients("triton", config, torch.float32, device, checkpointed=True)
     assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == []
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_captured_step_replays_with_the_masks_of_other_seeds(norm: str) -> None:
+def test_a_captured_step_replays_with_the_masks_of_other_seeds(norm: str, device: str) -> None:
     config = ModelConfig.model_validate(SHAPE | {"norm": norm, "dropout": 0.2})
-    model = build_model(config, load_ops("triton"), seed=3).to(DEVICE, torch.bfloat16)
-    tokens = torch.randint(config.vocab_size, (2, config.context + 1), device=DEVICE)
+    model = build_model(config, load_ops("triton"), seed=3).to(device, torch.bfloat16)
+    tokens = torch.randint(config.vocab_size, (2, config.context + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    tables = [dropout_seeds(seed, config.n_layer).to(DEVICE) for seed in (5, 6)]
+    tables = [dropout_seeds(seed, config.n_layer).to(device) for seed in (5, 6)]
 
     def step(seeds: Tensor) -> list[Tensor]:
         loss = model(inputs, targets=targets, dropout_seed=seeds)
