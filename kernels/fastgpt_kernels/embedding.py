@@ -106,7 +106,7 @@ def _run_sums_kernel(
     column = (column_block * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     chunk = tl.program_id(0) // column_blocks
     partial_ptr += chunk.to(tl.int64) * N + column
-    other_partial = tl.cdiv(n, CHUNK).to(tl.int64) * N
+    other_partial = tl.cast(tl.cdiv(n, CHUNK), tl.int64) * N  # for one token, n is a constant
 
     token = tl.load(sorted_ptr + chunk * CHUNK).to(tl.int64)
     before = tl.load(sorted_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1).to(tl.int64)
