@@ -48,7 +48,6 @@ from fastgpt_kernels.attention_kernels import (
     forward_kernel,
 )
 from fastgpt_kernels.checks import Seed
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.seeds import seed_tensor
 from fastgpt_kernels.tiles import Tiles, tiles_for
 
@@ -256,16 +255,19 @@ def causal_attention(
         UnsupportedInput: for arguments outside these.
     """
     wrong = checks.against_attention(qkv, scale, dropout_p, seed, window, document_ids)
-    raise_if_any(wrong, "causal_attention", "triton", checks.REMEDY)
-    reasons = launch.against(qkv=qkv)
+    launch.refuse("causal_attention", wrong, launch.against(qkv=qkv) + against_head_size(qkv, 5))
     T, D = qkv.shape[1], qkv.shape[-1]
-    if not MIN_HEAD_SIZE <= D <= MAX_HEAD_SIZE:
-        reasons.append(f"the head size is {D}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}")
-    raise_if_any(reasons, "causal_attention", "triton", launch.REMEDY)
     if D % 8:
         qkv = F.pad(qkv, (0, -D % 8))
     key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
     documents = None if document_ids is None else _documents(document_ids)
-    band = None if window is None or window >= T else window
+    band = None if window is None or window >= T else checks.integer(window)
     out: Tensor = _attention(qkv, scale or 1.0 / math.sqrt(D), dropout_p, key, band, documents)[0]
     return out[..., :D].contiguous() if D % 8 else out
+
+
+def against_head_size(x: Tensor, dimensions: int) -> list[str]:
+    """A reason against the last of so many dimensions."""
+    if not isinstance(x, Tensor) or x.dim() != dimensions or MIN_HEAD_SIZE <= x.shape[-1] <= MAX_HEAD_SIZE:
+        return []
+    return [f"the head size is {checks.shape_of(x)[-1]}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}"]

@@ -18,13 +18,13 @@ from torch import Tensor
 from fastgpt_kernels import (
     adamw,
     attention,
+    checks,
     cross_entropy,
     decode,
     dropout,
     embedding,
     gelu,
     gradient_norm,
-    launch,
     layernorm,
     linear_gelu,
     tiles,
@@ -33,7 +33,7 @@ from fastgpt_kernels.linear_gelu import Tile
 from fastgpt_kernels.optim import Constants, Form
 from fastgpt_kernels.tiles import Entry, Tiles
 
-FP32, FP16, BF16 = launch.DTYPES
+FP32, FP16, BF16 = checks.DTYPES
 INT64 = torch.int64
 COLUMNS = (7, 128, 768, 1024, 1600, 4096, 5120, 8192, 12288, 16384)
 # what is on in a call that an entry of attention's table is for, by its `extras`; the first in the gate
@@ -96,7 +96,7 @@ def cases() -> Iterator[Case]:
     yield Case("attention", "documents", INT64, lambda: attention.launch_documents(_meta(2, 1024, dtype=INT64)))
     for direction, arch in linear_gelu.CANDIDATES:
         yield from linear_gelu_cases(direction, arch)
-    for dtype in launch.DTYPES:
+    for dtype in checks.DTYPES:
         for operation, size, launches in _by_dtype(dtype):
             gate = (operation, size, dtype) in GATE
             yield Case(operation, size, dtype, launches, gate, spill_budget=_spill_budget(operation, size))
@@ -239,9 +239,7 @@ def _cross_entropy(V: int, dtype: torch.dtype) -> Callable[[], object]:
     return launches
 
 
-def _embedding(
-    N: int, dtype: torch.dtype, p: float, B: int = 8, T: int = 1024, V: int = 50257
-) -> Callable[[], object]:
+def _embedding(N: int, dtype: torch.dtype, p: float, B: int = 8, T: int = 1024, V: int = 50257) -> Callable[[], object]:
     def launches() -> None:
         tokens, seed = _meta(B, T, dtype=INT64), _meta(1, dtype=INT64) if p else None
         dy = embedding.launch_forward(tokens, _meta(V, N, dtype=dtype), _meta(T, N, dtype=dtype), p, seed)

@@ -33,8 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt_kernels import checks, launch
-from fastgpt_kernels.attention import MAX_HEAD_SIZE, MIN_HEAD_SIZE, pieces
-from fastgpt_kernels.errors import raise_if_any
+from fastgpt_kernels.attention import against_head_size, pieces
 
 ELEMENTS_OF_THREAD = 64  # of its stretch's keys, and as many values: they are loaded before the first is needed
 STRETCHES = 16  # joined together
@@ -257,12 +256,8 @@ def decode_attention(
         UnsupportedInput: for arguments outside these.
     """
     wrong = checks.against_decode_attention(q, k_cache, v_cache, lengths, scale)
-    raise_if_any(wrong, "decode_attention", "triton", checks.REMEDY)
-    reasons = launch.against(q=q, k_cache=k_cache, v_cache=v_cache)
-    D = q.shape[-1]
-    if not MIN_HEAD_SIZE <= D <= MAX_HEAD_SIZE:
-        reasons.append(f"the head size is {D}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}")
-    raise_if_any(reasons, "decode_attention", "triton", launch.REMEDY)
+    unfit = launch.against(q=q, k_cache=k_cache, v_cache=v_cache) + against_head_size(q, 3)
+    launch.refuse("decode_attention", wrong, unfit)
     with torch.no_grad():
-        out: Tensor = _decode(q, k_cache, v_cache, lengths, scale or 1.0 / math.sqrt(D))
+        out: Tensor = _decode(q, k_cache, v_cache, lengths, scale or 1.0 / math.sqrt(q.shape[-1]))
     return out

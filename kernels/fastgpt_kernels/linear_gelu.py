@@ -41,7 +41,6 @@ from torch import Tensor
 
 from fastgpt_kernels import checks, gelu, launch
 from fastgpt_kernels.checks import Approximate
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.gelu import value_and_slope
 from fastgpt_kernels.tiles import listed
 from fastgpt_kernels.torch_ops.gelu import in_autocast_dtype
@@ -386,9 +385,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximat
     Raises:
         UnsupportedInput: for arguments outside these.
     """
+    wrong = checks.against_linear_gelu(x, weight, bias, approximate)
+    launch.refuse("linear_gelu", wrong, launch.against(x=x, weight=weight, bias=bias))
     x, weight, bias = in_autocast_dtype(x, weight, bias)
-    raise_if_any(checks.against_linear_gelu(x, weight, bias, approximate), "linear_gelu", "triton", checks.REMEDY)
-    raise_if_any(launch.against(x=x, weight=weight, bias=bias), "linear_gelu", "triton", launch.REMEDY)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
     y: Tensor = _linear_gelu(x, weight, bias, approximate, keep)[0]
     return y

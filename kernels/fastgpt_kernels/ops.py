@@ -2,7 +2,7 @@
 
 Each is a plain function of tensors, differentiable where a gradient has a meaning. dtypes are float32, float16 and
 bfloat16, and float64 for the backends "torch" and "reference"; a backend that cannot take an input raises
-`UnsupportedInput`.
+`UnsupportedInput`. Forward-mode derivatives are not offered. A seed that is a tensor lies on the device of the inputs.
 """
 
 from typing import Literal, NamedTuple, Protocol

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.checks import Seed
+from fastgpt_kernels.checks import Seed, integer
 
 LANES = 4  # elements that share 64 random bits
 CHUNK = 40_960  # numbers for each thread: PyTorch shares out no loop over fewer than 32,768
@@ -36,7 +36,7 @@ def seed_tensor(seed: Seed, device: torch.device) -> Tensor:
     """The seed as an int64 tensor of one element on a device; written there by a fill, with no copy from the host."""
     if isinstance(seed, Tensor):
         return seed.detach().reshape(1).to(device)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
+    return torch.full((1,), integer(seed), dtype=torch.int64, device=device)
 
 
 def origin(seed: Tensor) -> Tensor:

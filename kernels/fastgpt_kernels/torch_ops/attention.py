@@ -339,7 +339,7 @@ def causal_attention(
     factor = scale or 1.0 / math.sqrt(qkv.shape[-1])
     key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
     if qkv.device.type == "cpu":
-        band = None if window is None or window >= qkv.shape[1] else window
+        band = None if window is None or window >= qkv.shape[1] else checks.integer(window)
         out: Tensor = _attention(qkv, factor, dropout_p, key, band, document_ids)[0]
         return out
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # views, each (B, H, T, D)

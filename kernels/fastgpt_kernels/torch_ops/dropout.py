@@ -71,7 +71,7 @@ def dropout(x: Tensor, p: float, seed: Seed | None) -> Tensor:
     The mask depends on the seed and the shape alone, and leaves PyTorch's global generators untouched. The probability
     is p to within 2^-17.
     """
-    raise_if_any(checks.against_dropout(p, seed), "dropout", "torch", REMEDY)
+    raise_if_any(checks.against_dropout_of(x, p, seed), "dropout", "torch", REMEDY)
     if p == 0.0 or seed is None:
         return x
     key = seed_tensor(seed, x.device)
@@ -83,10 +83,10 @@ def dropout(x: Tensor, p: float, seed: Seed | None) -> Tensor:
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Tensor:
     """residual + dropout(x), in the dtype of residual."""
-    reasons = checks.against_dropout(p, seed) + checks.against_residual(x, residual)
+    reasons = checks.against_dropout_add(x, residual, p, seed)
     raise_if_any(reasons, "dropout_add", "torch", REMEDY)
     if p == 0.0 or seed is None or not _in_chunks(x):
-        return residual + dropout(x, p, seed)
+        return (residual + dropout(x, p, seed)).to(residual.dtype)
     y: Tensor = _dropout(x, residual, seed_tensor(seed, x.device), p, residual.dtype)
     return y
 

@@ -11,7 +11,7 @@ from fastgpt_kernels.torch_ops.dropout import dropout_add
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Layer normalisation of x (..., N) with weight (N,) and bias (N,), by `torch.nn.functional.layer_norm`."""
-    raise_if_any(checks.against_layer_norm(x, weight, bias), "layer_norm", "torch", REMEDY)
+    raise_if_any(checks.against_layer_norm(x, weight, bias, eps), "layer_norm", "torch", REMEDY)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -26,7 +26,7 @@ def add_layer_norm(
     seed: Seed | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer norm of residual + dropout(x), in the dtype of x, and that sum, in the dtype of residual."""
-    reasons = checks.against_add_layer_norm(x, residual, weight, bias, dropout_p, seed)
+    reasons = checks.against_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
     raise_if_any(reasons, "add_layer_norm", "torch", REMEDY)
     new_residual = dropout_add(x, residual, dropout_p, seed)
     return layer_norm(new_residual, weight.to(new_residual.dtype), bias.to(new_residual.dtype), eps).to(
