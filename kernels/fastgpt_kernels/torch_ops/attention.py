@@ -22,7 +22,7 @@ from fastgpt_kernels import checks
 from fastgpt_kernels.checks import REMEDY, Seed
 from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.reference import visible
-from fastgpt_kernels.seeds import GAMMA, LANES, lanes_, origin, seed_tensor, seeded_dropout
+from fastgpt_kernels.seeds import GAMMA, LANES, lanes_, origin, rate, seed_tensor, seeded_dropout
 from fastgpt_kernels.torch_ops.dropout import BITS
 
 MOST_ROWS, FEWEST_ROWS = (
@@ -75,7 +75,7 @@ class _Plan:
         self.infinity = int(torch.tensor(-math.inf, dtype=self.wide).view(self.bits_of_scores))
         self.past = self.masks(torch.ones((self.rows, self.rows), dtype=torch.bool).tril())
         self.documents = None if document_ids is None else self._documents(document_ids)
-        self.keep = 1.0 if seed is None else 1.0 / (1.0 - dropout_p)
+        self.keep = 1.0 if seed is None else 1.0 / (1.0 - rate(dropout_p))
         if seed is not None:
             words = -(-self.T // LANES)  # numbers for a row of the mask (B, H, T, T), as `mask_parts` has them
             numbers = torch.arange(self.B * self.H * self.T).mul_(words).mul_(GAMMA).add_(origin(seed))
