@@ -52,6 +52,7 @@ from fastgpt_kernels.seeds import seed_tensor
 from fastgpt_kernels.tiles import Tiles, tiles_for
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 256
+MOST_ROWS = 256  # of any tile
 DOCUMENTS_BLOCK = 64  # positions of a tile where the ids of documents are compared
 
 
@@ -238,7 +239,8 @@ def causal_attention(
     """Causal attention over a packed projection, in Triton.
 
     Args:
-        qkv: (B, T, 3, H, D), float32, float16 or bfloat16, 16 <= D <= 256, any strides; read in place. The gradient
+        qkv: (B, T, 3, H, D), float32, float16 or bfloat16, 16 <= D <= 256, any strides; read in place, unless a
+            tile spans 2^31 elements: then it is copied. The gradient
             comes back as one tensor that lies in memory as qkv does: q, k and v with heads before positions, for
             example, are views of a (3, B, H, T, D) tensor, and so are their gradients.
         scale: factor of the scores before the softmax, positive; 1 / sqrt(D) when None.
@@ -259,6 +261,7 @@ def causal_attention(
     T, D = qkv.shape[1], qkv.shape[-1]
     if D % 8:
         qkv = F.pad(qkv, (0, -D % 8))
+    qkv = launch.within_reach(qkv, qkv.stride(1), MOST_ROWS)
     key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
     documents = None if document_ids is None else _documents(document_ids)
     band = None if window is None or window >= T else checks.integer(window)

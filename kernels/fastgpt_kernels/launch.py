@@ -52,6 +52,17 @@ def refuse(operation: str, wrong: Sequence[str], unfit: Sequence[str]) -> None:
     raise_if_any([*wrong, *unfit], operation, "triton", checks.REMEDY if wrong else REMEDY)
 
 
+def within_reach(x: Tensor, row_stride: int, rows: int) -> Tensor:
+    """x, or a dense copy where a kernel could not reach all of so many rows: within a tile, it reckons with 32 bits.
+
+    Args:
+        x: its last dimension is a row.
+        row_stride: between the rows of a tile.
+        rows: of the largest tile.
+    """
+    return x if rows * row_stride + x.shape[-1] * x.stride(-1) < 2**31 else x.contiguous()
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the one that holds x."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
