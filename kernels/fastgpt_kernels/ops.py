@@ -47,7 +47,7 @@ class DecodeAttention(Protocol):
 
 
 class LayerNorm(Protocol):
-    """x (..., N), weight (N,), bias (N,) -> (..., N)."""
+    """x (..., N), weight (N,), bias (N,), each in a dtype of its own -> (..., N) in that of x."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor: ...
 
@@ -78,7 +78,7 @@ class Gelu(Protocol):
 
 
 class BiasGelu(Protocol):
-    """x (..., N), bias (N,) -> GELU(x + bias)."""
+    """x (..., N), bias (N,) -> GELU(x + bias) in the dtype of x."""
 
     def __call__(self, x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor: ...
 

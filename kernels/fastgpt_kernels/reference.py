@@ -1,4 +1,4 @@
-"""The mathematics of every operation in plain PyTorch, in the dtype of its input: with float64, the oracle.
+"""The mathematics of every operation in plain PyTorch, in the dtypes of its inputs: with float64, the oracle.
 
 Nothing here is fast. Gradients come from autograd; `torch.autograd.gradcheck` confirms them in the tests.
 
@@ -74,7 +74,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     raise_if_any(checks.against_layer_norm(x, weight, bias, eps), "layer_norm", "reference", REMEDY)
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred**2).mean(-1, keepdim=True)
-    return centred / torch.sqrt(variance + eps) * weight + bias
+    return (centred / torch.sqrt(variance + eps) * weight + bias).to(x.dtype)
 
 
 def add_layer_norm(
@@ -106,7 +106,7 @@ def gelu(x: Tensor, approximate: Approximate = "tanh") -> Tensor:
 def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:
     """GELU of x (..., N) + bias (N,)."""
     raise_if_any(checks.against_bias_gelu(x, bias, approximate), "bias_gelu", "reference", REMEDY)
-    return gelu(x + bias, approximate)
+    return gelu(x + bias, approximate).to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:

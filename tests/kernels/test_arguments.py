@@ -1,7 +1,9 @@
 """What the operations say of arguments that they cannot take, in every backend."""
 
 import math
+import mmap
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -243,3 +245,109 @@ def test_the_error_survives_a_pickle():
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - of our own making
     assert str(copy) == str(error) == "it cannot:\n  - a\n  - b\ndo not"
     assert copy.reasons == ("a", "b") and copy.remedy == "do not"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rate_that_is_1_on_a_gpu_is_refused(backend):
+    ops, x = load_ops(backend), torch.ones(2, 16)
+    for p in (1.0 - 2.0**-25, 1.0 - 2.0**-30, float(np.nextafter(1.0, 0.0))):
+        assert np.float32(p) == 1.0
+        assert reasons_of(ops.dropout, x, p, SEED) == (
+            f"p is {p}; it must be below 1 when rounded to float32, which is what a GPU is given",
+        )
+    assert np.float32(1.0 - 2.0**-24) < 1.0
+    assert ops.dropout(x, 1.0 - 2.0**-24, SEED).isfinite().all()
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.9999, 0.999999])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_what_is_kept_is_scaled_by_the_rate_at_which_it_is(backend, p):
+    ops, r = load_ops(backend), min(round(65536 * p), 65535) / 65536
+    scale = torch.tensor(1.0 / (1.0 - r), dtype=torch.float64)
+    x = torch.ones(1, 1_000_000, dtype=torch.float64)
+    tokens, nothing = torch.zeros(1, 1, dtype=torch.int64), torch.zeros_like(x)
+    found = [
+        ops.dropout(x, p, SEED),
+        ops.dropout_add(x, nothing, p, SEED),
+        ops.embedding(tokens, x, nothing, dropout_p=p, seed=SEED),
+    ]
+    for y in found:
+        kept = y[y != 0]
+        assert len(kept) and (kept == scale).all()
+    # four standard deviations
+    assert abs(found[0].mean().item() - 1.0) <= 4.0 * (r / (1.0 - r) / x.numel()) ** 0.5
+    qkv = torch.zeros(1, 64, 3, 8, 64, dtype=torch.float64)
+    qkv[:, torch.arange(64), 2, :, torch.arange(64)] = 1.0
+    # each weight is 1 / (i + 1)
+    weights = ops.causal_attention(qkv, dropout_p=min(p, 0.9999), seed=SEED) * torch.arange(1.0, 65.0)[:, None, None]
+    r = min(round(65536 * min(p, 0.9999)), 65535) / 65536
+    torch.testing.assert_close(weights[weights > 0], torch.full_like(weights[weights > 0], 1.0 / (1.0 - r)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")])
+def test_a_norm_and_a_bias_may_have_another_dtype_than_x(dtypes, backend):
+    dtype, of_parameters = (getattr(torch, name) for name in dtypes)
+    ops, exact = load_ops(backend), load_ops("reference")
+    x, weight, bias = torch.randn(5, 33).to(dtype), torch.randn(33).to(of_parameters), torch.randn(33).to(of_parameters)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    wide = [tensor.detach().double() for tensor in leaves]
+    for y, oracle in (
+        (ops.layer_norm(*leaves), exact.layer_norm(*wide)),
+        (ops.bias_gelu(leaves[0], leaves[2]), exact.bias_gelu(wide[0], wide[2])),
+    ):
+        assert y.dtype == dtype
+        gradients = torch.autograd.grad(y.sum(), leaves, allow_unused=True)
+        assert all(g is None or g.dtype == leaf.dtype for g, leaf in zip(gradients, leaves, strict=True))
+        # x + bias, and its product with a weight, may be rounded to 16 bits
+        assert (y.double() - oracle).abs().max() <= 4.0 * torch.finfo(torch.bfloat16).eps * oracle.abs().max()
+
+
+def sparse_memory(elements):
+    """Zeros, of which only the pages that are written take memory."""
+    pages = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    return torch.frombuffer(pages, dtype=torch.float16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the flags of Linux")
+def test_rows_that_32_bits_do_not_reach_are_read(triton_ops):
+    T, stride = 64, 2**26
+    dense = torch.randn(1, T, 3, 1, 16).half()
+    far = sparse_memory(T * stride).as_strided(dense.shape, (0, stride, 16, 16, 1)).copy_(dense)
+    assert torch.equal(triton_ops.causal_attention(far), triton_ops.causal_attention(dense))
+    leaf = far.requires_grad_()
+    (gradient,) = torch.autograd.grad(triton_ops.causal_attention(leaf).sum(), leaf)
+    assert gradient.shape == dense.shape and gradient.isfinite().all()
+    q, cache, lengths = dense[:, 0, 0], dense[:, None, :, 0, 0], torch.tensor([T])
+    far_cache = far.detach()[:, None, :, 0, 0]
+    assert torch.equal(
+        triton_ops.decode_attention(q, far_cache, far_cache, lengths),
+        triton_ops.decode_attention(q, cache, cache, lengths),
+    )
+
+
+def test_within_reach_nothing_is_copied():
+    from fastgpt_kernels import attention, launch, tiles
+
+    tallest = max(max(cut[:2]) for entry in tiles.entries() for cut in (entry.tiles, *entry.candidates))
+    assert tallest <= attention.MOST_ROWS
+    for stride, copied in ((2**23 - 1, False), (2**23, True), (2**40, True)):
+        x = torch.empty_strided((2, 64, 3, 2, 64), (0, stride, 128, 64, 1), dtype=torch.float16, device="meta")
+        reached = launch.within_reach(x, x.stride(1), attention.MOST_ROWS)
+        assert (reached is not x) == copied and (reached.is_contiguous() or not copied)
+
+
+def test_linear_gelu_multiplies_only_for_the_gradients_that_are_needed(triton_ops, monkeypatch):
+    from fastgpt_kernels import linear_gelu
+
+    calls = []
+    launch_backward = linear_gelu.launch_backward
+    monkeypatch.setattr(linear_gelu, "launch_backward", lambda *args: calls.append(args[-1]) or launch_backward(*args))
+    x, weight, bias = torch.randn(3, 16), torch.randn(8, 16, requires_grad=True), torch.randn(8, requires_grad=True)
+    alone = torch.autograd.grad(triton_ops.linear_gelu(x, weight, bias).sum(), (weight, bias))
+    beside = torch.autograd.grad(triton_ops.linear_gelu(x.requires_grad_(), weight, bias).sum(), (weight, bias, x))
+    assert calls == [False, True]
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=False)) and beside[2].shape == x.shape
+    tile = linear_gelu.Tile(16, 16, 16, 4, 2)
+    dx, du, _ = launch_backward(weight.detach(), torch.randn(3, 8), torch.randn(3, 8), "tanh", tile, False)
+    assert dx.numel() == 0 and du.shape == (3, 8)
