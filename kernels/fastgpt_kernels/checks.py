@@ -72,7 +72,7 @@ def against_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 0.0
     wrong = against_kinds(x=x, weight=weight, bias=bias)
     if not wrong:
         wrong = [*against_no_floats(x, "x"), *against_vector(x, weight, "weight"), *against_vector(x, bias, "bias")]
-    if not (eps >= 0.0 and math.isfinite(eps)):
+    if not 0.0 <= eps < math.inf:
         wrong.append(f"eps is {eps}; it must be at least 0 and finite")
     return wrong
 
@@ -214,7 +214,7 @@ def against_residual(x: Tensor, residual: Tensor) -> list[str]:
 
 def against_scale(scale: float | None) -> list[str]:
     """A reason against a factor of the scores."""
-    if scale is None or (scale > 0 and math.isfinite(scale)):
+    if scale is None or 0.0 < scale < math.inf:
         return []
     return [f"scale is {scale}; it must be positive and finite"]
 

@@ -351,3 +351,17 @@ def test_linear_gelu_multiplies_only_for_the_gradients_that_are_needed(triton_op
     tile = linear_gelu.Tile(16, 16, 16, 4, 2)
     dx, du, _ = launch_backward(weight.detach(), torch.randn(3, 8), torch.randn(3, 8), "tanh", tile, False)
     assert dx.numel() == 0 and du.shape == (3, 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_that_a_compiler_makes_symbols_of_are_judged(backend):
+    ops, x, qkv = load_ops(backend), torch.randn(3, 16), torch.randn(1, 4, 3, 1, 16)
+
+    def call(x, qkv, eps, scale):
+        return ops.layer_norm(x, x[0], x[0], eps), ops.causal_attention(qkv, scale=scale)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
+    for eps, scale in ((1e-5, 0.1), (0.0, 3.0)):
+        for a, b in zip(compiled(x, qkv, eps, scale), call(x, qkv, eps, scale), strict=True):
+            torch.testing.assert_close(a, b)
