@@ -48,11 +48,11 @@ from fastgpt_kernels.attention_kernels import (
     forward_kernel,
 )
 from fastgpt_kernels.checks import Seed
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.seeds import seed_tensor
 from fastgpt_kernels.tiles import Tiles, tiles_for
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 256
+MOST_ROWS = 256  # of any tile
 DOCUMENTS_BLOCK = 64  # positions of a tile where the ids of documents are compared
 
 
@@ -239,7 +239,8 @@ def causal_attention(
     """Causal attention over a packed projection, in Triton.
 
     Args:
-        qkv: (B, T, 3, H, D), float32, float16 or bfloat16, 16 <= D <= 256, any strides; read in place. The gradient
+        qkv: (B, T, 3, H, D), float32, float16 or bfloat16, 16 <= D <= 256, any strides; read in place, unless a
+            tile spans 2^31 elements: then it is copied. The gradient
             comes back as one tensor that lies in memory as qkv does: q, k and v with heads before positions, for
             example, are views of a (3, B, H, T, D) tensor, and so are their gradients.
         scale: factor of the scores before the softmax, positive; 1 / sqrt(D) when None.
@@ -256,16 +257,20 @@ def causal_attention(
         UnsupportedInput: for arguments outside these.
     """
     wrong = checks.against_attention(qkv, scale, dropout_p, seed, window, document_ids)
-    raise_if_any(wrong, "causal_attention", "triton", checks.REMEDY)
-    reasons = launch.against(qkv=qkv)
+    launch.refuse("causal_attention", wrong, launch.against(qkv=qkv) + against_head_size(qkv, 5))
     T, D = qkv.shape[1], qkv.shape[-1]
-    if not MIN_HEAD_SIZE <= D <= MAX_HEAD_SIZE:
-        reasons.append(f"the head size is {D}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}")
-    raise_if_any(reasons, "causal_attention", "triton", launch.REMEDY)
     if D % 8:
         qkv = F.pad(qkv, (0, -D % 8))
+    qkv = launch.within_reach(qkv, qkv.stride(1), MOST_ROWS)
     key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
     documents = None if document_ids is None else _documents(document_ids)
-    band = None if window is None or window >= T else window
+    band = None if window is None or window >= T else checks.integer(window)
     out: Tensor = _attention(qkv, scale or 1.0 / math.sqrt(D), dropout_p, key, band, documents)[0]
     return out[..., :D].contiguous() if D % 8 else out
+
+
+def against_head_size(x: Tensor, dimensions: int) -> list[str]:
+    """A reason against the last of so many dimensions."""
+    if not isinstance(x, Tensor) or x.dim() != dimensions or MIN_HEAD_SIZE <= x.shape[-1] <= MAX_HEAD_SIZE:
+        return []
+    return [f"the head size is {checks.shape_of(x)[-1]}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}"]

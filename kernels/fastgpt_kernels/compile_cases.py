@@ -1,7 +1,8 @@
 """What is compiled ahead of time: each operation's launches, at sizes and dtypes that make different kernels.
 
 The launches are the operations' own, with meta tensors: tile sizes, alignment and every other specialisation are those
-of a real run. Attention has a case for each entry of its table of tiles, linear + GELU for each of its tiles.
+of a real run. Attention has a case for each entry of its table of tiles, linear + GELU for each of its tiles. Triton
+makes constants of integers that are 1: the sizes "of one" are those of which everything is one.
 
 The gate, which CI compiles for every architecture, has every line of the tables with its chosen tiles, and each kernel
 of the other operations at sizes that models have, or that ask the most of the registers. All else is compiled in the
@@ -17,13 +18,13 @@ from torch import Tensor
 from fastgpt_kernels import (
     adamw,
     attention,
+    checks,
     cross_entropy,
     decode,
     dropout,
     embedding,
     gelu,
     gradient_norm,
-    launch,
     layernorm,
     linear_gelu,
     tiles,
@@ -32,7 +33,7 @@ from fastgpt_kernels.linear_gelu import Tile
 from fastgpt_kernels.optim import Constants, Form
 from fastgpt_kernels.tiles import Entry, Tiles
 
-FP32, FP16, BF16 = launch.DTYPES
+FP32, FP16, BF16 = checks.DTYPES
 INT64 = torch.int64
 COLUMNS = (7, 128, 768, 1024, 1600, 4096, 5120, 8192, 12288, 16384)
 # what is on in a call that an entry of attention's table is for, by its `extras`; the first in the gate
@@ -50,12 +51,16 @@ GATE = {
     ("add_layer_norm", "N=768", FP32),
     ("gelu", "tanh", BF16),
     ("bias_gelu", "tanh", BF16),
+    ("bias_gelu", "of one", BF16),
     ("cross_entropy", "V=50304", BF16),
     ("cross_entropy", "V=50257", FP32),
     ("embedding", "N=768 dropout", BF16),
+    ("embedding", "of one", BF16),
     ("decode_attention", "D=80", BF16),
     ("decode_attention", "D=256", FP32),
+    ("decode_attention", "of one", BF16),
     ("dropout", "", BF16),
+    ("dropout", "of one", BF16),
     ("grad_norm", "", FP32),
     ("grad_norm", "", BF16),
     ("adamw", "adamw, copies: bfloat16", BF16),
@@ -91,7 +96,7 @@ def cases() -> Iterator[Case]:
     yield Case("attention", "documents", INT64, lambda: attention.launch_documents(_meta(2, 1024, dtype=INT64)))
     for direction, arch in linear_gelu.CANDIDATES:
         yield from linear_gelu_cases(direction, arch)
-    for dtype in launch.DTYPES:
+    for dtype in checks.DTYPES:
         for operation, size, launches in _by_dtype(dtype):
             gate = (operation, size, dtype) in GATE
             yield Case(operation, size, dtype, launches, gate, spill_budget=_spill_budget(operation, size))
@@ -110,14 +115,19 @@ def _by_dtype(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], objec
     for approximate in ("tanh", "none"):
         yield "gelu", approximate, _gelu(dtype, approximate)
         yield "bias_gelu", approximate, _bias_gelu(dtype, approximate)
+    yield "gelu", "of one", _gelu(dtype, "tanh", 1, 1)
+    yield "bias_gelu", "of one", _bias_gelu(dtype, "tanh", 1, 1)
     for V in VOCABULARIES:
         yield "cross_entropy", f"V={V}", _cross_entropy(V, dtype)
     for N in WIDTHS:
         yield "embedding", f"N={N}", _embedding(N, dtype, 0.0)
         yield "embedding", f"N={N} dropout", _embedding(N, dtype, 0.1)
+    yield "embedding", "of one", _embedding(1, dtype, 0.1, 1, 1, 1)
     for D in HEAD_SIZES:
         yield "decode_attention", f"D={D}", _decode(D, dtype)
+    yield "decode_attention", "of one", _decode(64, dtype, 1, 1, 1)
     yield "dropout", "", _dropout(dtype)
+    yield "dropout", "of one", _dropout(dtype, 1, 1)
     yield "grad_norm", "", _grad_norm(dtype)
     for copies in (None, FP16, BF16):
         for form in FORMS:
@@ -240,20 +250,20 @@ def _cross_entropy(V: int, dtype: torch.dtype) -> Callable[[], object]:
     return launches
 
 
-def _embedding(N: int, dtype: torch.dtype, p: float) -> Callable[[], object]:
+def _embedding(N: int, dtype: torch.dtype, p: float, B: int = 8, T: int = 1024, V: int = 50257) -> Callable[[], object]:
     def launches() -> None:
-        tokens, seed = _meta(8, 1024, dtype=INT64), _meta(1, dtype=INT64) if p else None
-        dy = embedding.launch_forward(tokens, _meta(50257, N, dtype=dtype), _meta(1024, N, dtype=dtype), p, seed)
-        embedding.launch_token_gradient(tokens, dy, 50257, p, seed)
-        embedding.launch_position_gradient(dy, 1024, p, seed)
+        tokens, seed = _meta(B, T, dtype=INT64), _meta(1, dtype=INT64) if p else None
+        dy = embedding.launch_forward(tokens, _meta(V, N, dtype=dtype), _meta(T, N, dtype=dtype), p, seed)
+        embedding.launch_token_gradient(tokens, dy, V, p, seed)
+        embedding.launch_position_gradient(dy, T, p, seed)
 
     return launches
 
 
-def _decode(D: int, dtype: torch.dtype) -> Callable[[], object]:
+def _decode(D: int, dtype: torch.dtype, B: int = 8, H: int = 12, T: int = 1024) -> Callable[[], object]:
     def launches() -> None:
-        cache = _meta(8, 12, 1024, D, dtype=dtype)
-        decode.launch_decode(_meta(8, 12, D, dtype=dtype), cache, cache, _meta(8, dtype=INT64), 0.125)
+        cache = _meta(B, H, T, D, dtype=dtype)
+        decode.launch_decode(_meta(B, H, D, dtype=dtype), cache, cache, _meta(B, dtype=INT64), 0.125)
 
     return launches
 
@@ -304,27 +314,27 @@ def _add_layer_norm(N: int, dtype: torch.dtype) -> Callable[[], object]:
     return launches
 
 
-def _gelu(dtype: torch.dtype, approximate: str) -> Callable[[], object]:
+def _gelu(dtype: torch.dtype, approximate: str, rows: int = 4096, N: int = 3072) -> Callable[[], object]:
     def launches() -> None:
-        x = _meta(4096, 3072, dtype=dtype)
+        x = _meta(rows, N, dtype=dtype)
         gelu.launch_gelu_forward(x, approximate)
         gelu.launch_gelu_backward(x, x, approximate)
 
     return launches
 
 
-def _bias_gelu(dtype: torch.dtype, approximate: str) -> Callable[[], object]:
+def _bias_gelu(dtype: torch.dtype, approximate: str, rows: int = 4096, N: int = 3072) -> Callable[[], object]:
     def launches() -> None:
-        x, bias = _meta(4096, 3072, dtype=dtype), _meta(3072, dtype=dtype)
+        x, bias = _meta(rows, N, dtype=dtype), _meta(N, dtype=dtype)
         gelu.launch_bias_gelu_forward(x, bias, approximate)
         gelu.launch_bias_gelu_backward(x, bias, x, approximate)
 
     return launches
 
 
-def _dropout(dtype: torch.dtype) -> Callable[[], object]:
+def _dropout(dtype: torch.dtype, rows: int = 4096, N: int = 768) -> Callable[[], object]:
     def launches() -> None:
-        x, seed = _meta(4096, 768, dtype=dtype), _meta(1, dtype=INT64)
+        x, seed = _meta(rows, N, dtype=dtype), _meta(1, dtype=INT64)
         dropout.launch_dropout(x, 0.1, seed)
         dropout.launch_dropout_add(x, x, 0.1, seed)
 

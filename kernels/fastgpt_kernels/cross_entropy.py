@@ -42,7 +42,6 @@ from torch import Tensor
 
 from fastgpt_kernels import checks, launch
 from fastgpt_kernels.checks import Reduction
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.torch_ops.cross_entropy import (
     expected_tensor,
     lie_in_rows,
@@ -552,8 +551,7 @@ def cross_entropy(
         UnsupportedInput: for arguments outside these.
     """
     reasons = checks.against_cross_entropy(logits, targets, reduction, expected_gradient)
-    raise_if_any(reasons, "cross_entropy", "triton", checks.REMEDY)
-    raise_if_any(launch.against(logits=logits), "cross_entropy", "triton", launch.REMEDY)
+    launch.refuse("cross_entropy", reasons, launch.against(logits=logits))
     if expected_gradient is not None and may_be_written(logits, consume):
         expected = expected_tensor(expected_gradient, logits)
         loss: Tensor = _one_pass(logits, targets, expected, ignore_index, reduction)

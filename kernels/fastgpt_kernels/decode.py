@@ -33,15 +33,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt_kernels import checks, launch
-from fastgpt_kernels.attention import MAX_HEAD_SIZE, MIN_HEAD_SIZE, pieces
-from fastgpt_kernels.errors import raise_if_any
+from fastgpt_kernels.attention import against_head_size, pieces
+from fastgpt_kernels.attention_kernels import _LOG2_E, _LOWEST
 
 ELEMENTS_OF_THREAD = 64  # of its stretch's keys, and as many values: they are loaded before the first is needed
 STRETCHES = 16  # joined together
-
-_LOG2_E = tl.constexpr(math.log2(math.e))
-# A maximum over nothing: finite, because the difference of two infinities is NaN.
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -183,10 +179,8 @@ def launch_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, 
     out = q.new_empty((B, H, D))
     sums = q.new_empty((B, H, stretches, D), dtype=torch.float32)
     statistics = q.new_empty((2, B, H, stretches), dtype=torch.float32)
-    # left alone, the assembler spills a float32 kernel a little for the sake of more programs at a time
-    nvidia = launch.architecture(q.device).startswith("sm_")
-    unspilled = {"maxnreg": 255} if q.dtype == torch.float32 and nvidia else {}
     warps = max(1, triton.next_power_of_2(keys * (main + tail)) // (32 * ELEMENTS_OF_THREAD))
+    options = launch.with_all_registers(q.device, warps) if q.dtype == torch.float32 else launch.OPTIONS
     with launch.on_device_of(q):
         _stretch_kernel[(B * H * stretches,)](
             q,
@@ -208,7 +202,7 @@ def launch_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, 
             tail,
             keys,
             num_warps=warps,
-            **launch.OPTIONS | unspilled,
+            **options,
         )
         _join_stretches_kernel[(B * H,)](
             sums,
@@ -245,7 +239,8 @@ def decode_attention(
 
     Args:
         q: (B, H, D), float32, float16 or bfloat16, 16 <= D <= 256, any strides.
-        k_cache: (B, H, T_max, D), in the dtype of q, any strides; read in place.
+        k_cache: (B, H, T_max, D), in the dtype of q, any strides; read in place, unless a stretch spans 2^31
+            elements: then it is copied.
         v_cache: the same.
         lengths: (B,) integers: the positions in use of the caches, at most T_max. The others may hold anything.
         scale: factor of the scores before the softmax, positive; 1 / sqrt(D) when None.
@@ -257,12 +252,11 @@ def decode_attention(
         UnsupportedInput: for arguments outside these.
     """
     wrong = checks.against_decode_attention(q, k_cache, v_cache, lengths, scale)
-    raise_if_any(wrong, "decode_attention", "triton", checks.REMEDY)
-    reasons = launch.against(q=q, k_cache=k_cache, v_cache=v_cache)
-    D = q.shape[-1]
-    if not MIN_HEAD_SIZE <= D <= MAX_HEAD_SIZE:
-        reasons.append(f"the head size is {D}; it must be between {MIN_HEAD_SIZE} and {MAX_HEAD_SIZE}")
-    raise_if_any(reasons, "decode_attention", "triton", launch.REMEDY)
+    unfit = launch.against(q=q, k_cache=k_cache, v_cache=v_cache) + against_head_size(q, 3)
+    launch.refuse("decode_attention", wrong, unfit)
     with torch.no_grad():
-        out: Tensor = _decode(q, k_cache, v_cache, lengths, scale or 1.0 / math.sqrt(D))
+        rows = keys_of_program(q.shape[-1])
+        q = launch.within_reach(q, 0, 1)
+        k_cache, v_cache = (launch.within_reach(cache, cache.stride(2), rows) for cache in (k_cache, v_cache))
+        out: Tensor = _decode(q, k_cache, v_cache, lengths, scale or 1.0 / math.sqrt(q.shape[-1]))
     return out

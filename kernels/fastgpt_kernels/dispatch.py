@@ -87,8 +87,8 @@ def _triton_ops() -> Ops:
     return Ops("triton", **{operation: getattr(modules[file], operation) for operation, file in TRITON_FILES.items()})
 
 
-def _unknown(backend: str) -> UnsupportedInput:
+def _unknown(backend: object) -> UnsupportedInput:
     known = get_args(Backend)
-    near = difflib.get_close_matches(backend, known, n=1)
+    near = difflib.get_close_matches(backend, known, n=1) if isinstance(backend, str) else []
     remedy = f"Did you mean {near[0]!r}?" if near else "Set kernels.backend to 'auto' to choose by the hardware."
     return UnsupportedInput(f"{backend!r} is not a kernel backend", ["allowed: " + ", ".join(map(repr, known))], remedy)

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from fastgpt_kernels import checks, launch
 from fastgpt_kernels.checks import Seed
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.seeds import seed_tensor
 
 BLOCK = 2_048  # elements of a program
@@ -151,8 +150,7 @@ def dropout(x: Tensor, p: float, seed: Seed | None) -> Tensor:
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    raise_if_any(checks.against_dropout(p, seed), "dropout", "triton", checks.REMEDY)
-    raise_if_any(launch.against(x=x), "dropout", "triton", launch.REMEDY)
+    launch.refuse("dropout", checks.against_dropout_of(x, p, seed), launch.against(x=x))
     if p == 0.0 or seed is None:
         return x
     y: Tensor = _dropout(x, p, seed_tensor(seed, x.device), x.dtype)
@@ -174,9 +172,8 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Ten
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    reasons = checks.against_dropout(p, seed) + checks.against_residual(x, residual)
-    raise_if_any(reasons, "dropout_add", "triton", checks.REMEDY)
-    raise_if_any(launch.against(x=x, residual=residual), "dropout_add", "triton", launch.REMEDY)
+    wrong = checks.against_dropout_add(x, residual, p, seed)
+    launch.refuse("dropout_add", wrong, launch.against(x=x, residual=residual))
     if p == 0.0 or seed is None:
         return residual + x
     y: Tensor = _dropout_add(x, residual, p, seed_tensor(seed, x.device))

@@ -39,7 +39,6 @@ from torch import Tensor
 from fastgpt_kernels import checks, launch
 from fastgpt_kernels.checks import Seed
 from fastgpt_kernels.dropout import keep
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.seeds import seed_tensor
 
 ROW_BLOCK, COLUMN_BLOCK = 16, 128  # tile of a program of the forward
@@ -106,7 +105,7 @@ def _run_sums_kernel(
     column = (column_block * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     chunk = tl.program_id(0) // column_blocks
     partial_ptr += chunk.to(tl.int64) * N + column
-    other_partial = tl.cdiv(n, CHUNK).to(tl.int64) * N
+    other_partial = tl.cast(tl.cdiv(n, CHUNK), tl.int64) * N  # for one token, n is a constant
 
     token = tl.load(sorted_ptr + chunk * CHUNK).to(tl.int64)
     before = tl.load(sorted_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1).to(tl.int64)
@@ -361,12 +360,10 @@ def embedding(
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    reasons = checks.against_embedding(tokens, token_table, position_table, dropout_p, seed)
-    raise_if_any(reasons, "embedding", "triton", checks.REMEDY)
-    reasons = launch.against(token_table=token_table, position_table=position_table)
-    if tokens.numel() == 0:
-        reasons.append(f"tokens has shape {tuple(tokens.shape)}; it needs at least one element")
-    raise_if_any(reasons, "embedding", "triton", launch.REMEDY)
+    wrong = checks.against_embedding(tokens, token_table, position_table, dropout_p, seed)
+    launch.refuse(
+        "embedding", wrong, launch.against(token_table=token_table, position_table=position_table, tokens=tokens)
+    )
     drawn = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, tokens.device)
     y: Tensor = _embedding(tokens, token_table, position_table, dropout_p, drawn)
     return y

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fastgpt_kernels import checks, launch
 from fastgpt_kernels.checks import Approximate
-from fastgpt_kernels.errors import raise_if_any
 
 BLOCK = 1_024  # elements of a program of gelu
 ROW_BLOCK, COLUMN_BLOCK = 8, 256  # tile of a program of bias_gelu
@@ -263,8 +262,7 @@ def gelu(x: Tensor, approximate: Approximate = "tanh") -> Tensor:
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    raise_if_any(checks.against_gelu(x, approximate), "gelu", "triton", checks.REMEDY)
-    raise_if_any(launch.against(x=x), "gelu", "triton", launch.REMEDY)
+    launch.refuse("gelu", checks.against_gelu(x, approximate), launch.against(x=x))
     y: Tensor = _gelu(x, approximate)
     return y
 
@@ -283,7 +281,6 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Ten
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    raise_if_any(checks.against_bias_gelu(x, bias, approximate), "bias_gelu", "triton", checks.REMEDY)
-    raise_if_any(launch.against(x=x, bias=bias), "bias_gelu", "triton", launch.REMEDY)
+    launch.refuse("bias_gelu", checks.against_bias_gelu(x, bias, approximate), launch.against(x=x, bias=bias))
     y: Tensor = _bias_gelu(x, bias, approximate)
     return y

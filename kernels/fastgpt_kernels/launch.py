@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -10,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt_kernels import checks
+from fastgpt_kernels.errors import raise_if_any
+
 REMEDY = "Set kernels.backend to 'torch' to run it without Triton."
 # contract a * b + c to one rounding: the default of Triton up to 3.9, and no longer of those after it
 OPTIONS = {"enable_fp_fusion": True}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so one process either interprets or compiles
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -22,17 +25,42 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 compiling_for: ContextVar[str | None] = ContextVar("compiling_for", default=None)
 
 
-def against(**tensors: Tensor) -> list[str]:
+def against(**arguments: object) -> list[str]:
     """Reasons why the Triton kernels cannot take these tensors: device, dtype, no elements."""
     reasons = []
-    for name, x in tensors.items():
+    for name, x in arguments.items():
+        # what no backend takes is said by the checks
+        if not isinstance(x, Tensor):
+            continue
         if x.device.type != "cuda" and not INTERPRETED:
             reasons.append(f"{name} is on {x.device}; a GPU is needed, or TRITON_INTERPRET=1 from the start")
-        if x.dtype not in DTYPES:
+        if x.is_floating_point() and x.dtype not in checks.DTYPES:
             reasons.append(f"{name} is {x.dtype}; supported: float32, float16, bfloat16")
         if x.numel() == 0:
-            reasons.append(f"{name} has shape {tuple(x.shape)}; it needs at least one element")
+            reasons.append(f"{name} has shape {checks.shape_of(x)}; it needs at least one element")
     return reasons
+
+
+def refuse(operation: str, wrong: Sequence[str], unfit: Sequence[str]) -> None:
+    """Raise `UnsupportedInput` when there is a reason to.
+
+    Args:
+        operation: what was called.
+        wrong: reasons why no backend takes the arguments.
+        unfit: reasons why the Triton kernels do not.
+    """
+    raise_if_any([*wrong, *unfit], operation, "triton", checks.REMEDY if wrong else REMEDY)
+
+
+def within_reach(x: Tensor, row_stride: int, rows: int) -> Tensor:
+    """x, or a dense copy where a kernel could not reach all of so many rows: within a tile, it reckons with 32 bits.
+
+    Args:
+        x: its last dimension is a row.
+        row_stride: between the rows of a tile.
+        rows: of the largest tile.
+    """
+    return x if rows * row_stride + x.shape[-1] * x.stride(-1) < 2**31 else x.contiguous()
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -65,13 +93,6 @@ def _architecture(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
-
-
-@functools.cache
-def compute_capability(device: torch.device) -> int:
-    """90 for an H100; 0 where there is no such thing."""
-    arch = _architecture(device)
-    return int(arch[3:]) if arch.startswith("sm_") else 0
 
 
 def with_all_registers(device: torch.device, warps: int = 8) -> dict[str, Any]:

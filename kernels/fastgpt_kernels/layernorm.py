@@ -45,7 +45,6 @@ from torch import Tensor
 from fastgpt_kernels import checks, launch
 from fastgpt_kernels.checks import Seed
 from fastgpt_kernels.dropout import _dropout, keep
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.seeds import seed_tensor
 
 MAX_COLUMNS = 16_384
@@ -532,7 +531,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         x: (..., N), float32, float16 or bfloat16, N at most 16,384; made contiguous where it is not.
         weight: (N,), in any of these dtypes.
         bias: (N,), in any of these dtypes.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
 
     Returns:
         (..., N), contiguous, in the dtype of x.
@@ -540,9 +539,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    raise_if_any(checks.against_layer_norm(x, weight, bias), "layer_norm", "triton", checks.REMEDY)
-    reasons = _against_width(x) + launch.against(x=x, weight=weight, bias=bias)
-    raise_if_any(reasons, "layer_norm", "triton", launch.REMEDY)
+    wrong = checks.against_layer_norm(x, weight, bias, eps)
+    launch.refuse("layer_norm", wrong, _against_width(x) + launch.against(x=x, weight=weight, bias=bias))
     y: Tensor = _layer_norm(x, weight, bias, eps)[0]
     return y
 
@@ -564,7 +562,7 @@ def add_layer_norm(
         residual: (..., N), in the dtype of x or float32; made contiguous where it is not.
         weight: (N,), in any of these dtypes.
         bias: (N,), in any of these dtypes.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
         dropout_p: probability, in [0, 1), of dropping an element of x.
         seed: int in [0, 2^63) or int64 tensor of one element; needed where dropout_p > 0.
 
@@ -575,16 +573,15 @@ def add_layer_norm(
     Raises:
         UnsupportedInput: for arguments outside these.
     """
-    reasons = checks.against_add_layer_norm(x, residual, weight, bias, dropout_p, seed)
-    raise_if_any(reasons, "add_layer_norm", "triton", checks.REMEDY)
-    reasons = _against_width(x) + launch.against(x=x, residual=residual, weight=weight, bias=bias)
-    raise_if_any(reasons, "add_layer_norm", "triton", launch.REMEDY)
+    wrong = checks.against_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    unfit = _against_width(x) + launch.against(x=x, residual=residual, weight=weight, bias=bias)
+    launch.refuse("add_layer_norm", wrong, unfit)
     drawn = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, x.device)
     normed, s, _, _ = _add_layer_norm(x, residual, weight, bias, eps, dropout_p, drawn)
     return normed, s
 
 
 def _against_width(x: Tensor) -> list[str]:
-    if x.shape[-1] <= MAX_COLUMNS:
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] <= MAX_COLUMNS:
         return []
-    return [f"x has {x.shape[-1]} columns; at most {MAX_COLUMNS} fit in registers"]
+    return [f"x has {checks.shape_of(x)[-1]} columns; at most {MAX_COLUMNS} fit in registers"]

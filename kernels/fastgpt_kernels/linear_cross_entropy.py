@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastgpt_kernels import checks, cross_entropy, launch
 from fastgpt_kernels.checks import Reduction
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.torch_ops.cross_entropy import reduced
 from fastgpt_kernels.torch_ops.gelu import in_autocast_dtype
 from fastgpt_kernels.torch_ops.linear_cross_entropy import chunks_of_logits, gradients
@@ -136,9 +135,8 @@ def linear_cross_entropy(
     Raises:
         UnsupportedInput: for arguments outside these.
     """
+    wrong = checks.against_linear_cross_entropy(x, weight, targets, reduction)
+    launch.refuse("linear_cross_entropy", wrong, launch.against(x=x, weight=weight))
     x, weight = in_autocast_dtype(x, weight)
-    reasons = checks.against_linear_cross_entropy(x, weight, targets, reduction)
-    raise_if_any(reasons, "linear_cross_entropy", "triton", checks.REMEDY)
-    raise_if_any(launch.against(x=x, weight=weight), "linear_cross_entropy", "triton", launch.REMEDY)
     losses, _ = _linear_cross_entropy(x, weight, targets, ignore_index)
     return reduced(losses, targets, ignore_index, reduction)

@@ -41,7 +41,6 @@ from torch import Tensor
 
 from fastgpt_kernels import checks, gelu, launch
 from fastgpt_kernels.checks import Approximate
-from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.gelu import value_and_slope
 from fastgpt_kernels.tiles import listed
 from fastgpt_kernels.torch_ops.gelu import in_autocast_dtype
@@ -276,9 +275,9 @@ def launch_forward(
 
 
 def launch_backward(
-    weight: Tensor, u: Tensor, dy: Tensor, approximate: str, tile: Tile | None
+    weight: Tensor, u: Tensor, dy: Tensor, approximate: str, tile: Tile | None, need_x: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, du and db from contiguous weight (N, K), u and dy (rows, N).
+    """dx (empty where it is not needed), du and db from contiguous weight (N, K), u and dy (rows, N).
 
     Args:
         weight: the matrix.
@@ -286,10 +285,11 @@ def launch_backward(
         dy: the gradient of its value.
         approximate: "tanh" or "none".
         tile: of the fused product, or None for cuBLAS.
+        need_x: whether to compute dx.
     """
-    if tile is None:
+    if tile is None or not need_x:
         du, dbias = gelu.launch_bias_gelu_backward(u, None, dy, approximate)
-        return du @ weight, du, dbias
+        return du @ weight if need_x else u.new_empty(0), du, dbias
     (rows, N), K = u.shape, weight.shape[1]
     dx = u.new_empty((rows, K))
     du = torch.empty_like(u)
@@ -339,18 +339,20 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, approximate: str, keep: bool) -> 
 
 
 @torch.library.custom_op("fastgpt::linear_gelu_backward", mutates_args=())
-def _linear_gelu_backward(weight: Tensor, u: Tensor, dy: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_gelu_backward(
+    weight: Tensor, u: Tensor, dy: Tensor, approximate: str, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     N, K = weight.shape
     tile = chosen(u.device, u.dtype, K, N).backward
     with torch.autocast(u.device.type, enabled=False):
-        return launch_backward(weight.contiguous(), u, dy.reshape(-1, N).contiguous(), approximate, tile)
+        return launch_backward(weight.contiguous(), u, dy.reshape(-1, N).contiguous(), approximate, tile, need_x)
 
 
 @_linear_gelu_backward.register_fake
-def _(weight: Tensor, u: Tensor, dy: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(weight: Tensor, u: Tensor, dy: Tensor, approximate: str, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     N, K = weight.shape
     # not len(u), which would make the compiler's graph one for that number of rows
-    return u.new_empty((u.shape[0], K)), u.new_empty(u.shape), u.new_empty(N)
+    return u.new_empty((u.shape[0], K) if need_x else 0), u.new_empty(u.shape), u.new_empty(N)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str, bool], output: tuple[Tensor, Tensor]) -> None:
@@ -360,12 +362,13 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str, bool], output: t
 
 def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, u = ctx.saved_tensors
-    dx, du, dbias = _linear_gelu_backward(weight, u, dy, ctx.approximate)
+    need_x = ctx.needs_input_grad[0]
+    dx, du, dbias = _linear_gelu_backward(weight, u, dy, ctx.approximate, need_x)
     dweight = None
     if ctx.needs_input_grad[1]:
         with torch.autocast(x.device.type, enabled=False):
             dweight = du.t() @ x.reshape(-1, x.shape[-1])
-    return dx.view(x.shape), dweight, dbias, None, None
+    return dx.view(x.shape) if need_x else None, dweight, dbias, None, None
 
 
 _linear_gelu.register_autograd(_differentiate, setup_context=_setup)
@@ -386,9 +389,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximat
     Raises:
         UnsupportedInput: for arguments outside these.
     """
+    wrong = checks.against_linear_gelu(x, weight, bias, approximate)
+    launch.refuse("linear_gelu", wrong, launch.against(x=x, weight=weight, bias=bias))
     x, weight, bias = in_autocast_dtype(x, weight, bias)
-    raise_if_any(checks.against_linear_gelu(x, weight, bias, approximate), "linear_gelu", "triton", checks.REMEDY)
-    raise_if_any(launch.against(x=x, weight=weight, bias=bias), "linear_gelu", "triton", launch.REMEDY)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
     y: Tensor = _linear_gelu(x, weight, bias, approximate, keep)[0]
     return y

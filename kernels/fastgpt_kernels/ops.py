@@ -2,7 +2,7 @@
 
 Each is a plain function of tensors, differentiable where a gradient has a meaning. dtypes are float32, float16 and
 bfloat16, and float64 for the backends "torch" and "reference"; a backend that cannot take an input raises
-`UnsupportedInput`.
+`UnsupportedInput`. Forward-mode derivatives are not offered. A seed that is a tensor lies on the device of the inputs.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -47,7 +47,7 @@ class DecodeAttention(Protocol):
 
 
 class LayerNorm(Protocol):
-    """x (..., N), weight (N,), bias (N,) -> (..., N)."""
+    """x (..., N), weight (N,), bias (N,), each in a dtype of its own -> (..., N) in that of x."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor: ...
 
@@ -78,7 +78,7 @@ class Gelu(Protocol):
 
 
 class BiasGelu(Protocol):
-    """x (..., N), bias (N,) -> GELU(x + bias)."""
+    """x (..., N), bias (N,) -> GELU(x + bias) in the dtype of x."""
 
     def __call__(self, x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor: ...
 

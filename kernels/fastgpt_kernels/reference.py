@@ -1,4 +1,4 @@
-"""The mathematics of every operation in plain PyTorch, in the dtype of its input: with float64, the oracle.
+"""The mathematics of every operation in plain PyTorch, in the dtypes of its inputs: with float64, the oracle.
 
 Nothing here is fast. Gradients come from autograd; `torch.autograd.gradcheck` confirms them in the tests.
 
@@ -71,10 +71,10 @@ def decode_attention(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Each row of x (..., N) with mean 0 and variance 1, times weight (N,) plus bias (N,)."""
-    raise_if_any(checks.against_layer_norm(x, weight, bias), "layer_norm", "reference", REMEDY)
+    raise_if_any(checks.against_layer_norm(x, weight, bias, eps), "layer_norm", "reference", REMEDY)
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred**2).mean(-1, keepdim=True)
-    return centred / torch.sqrt(variance + eps) * weight + bias
+    return (centred / torch.sqrt(variance + eps) * weight + bias).to(x.dtype)
 
 
 def add_layer_norm(
@@ -88,7 +88,7 @@ def add_layer_norm(
     seed: Seed | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer norm of residual + dropout(x), and that sum; all (..., N)."""
-    reasons = checks.against_add_layer_norm(x, residual, weight, bias, dropout_p, seed)
+    reasons = checks.against_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
     raise_if_any(reasons, "add_layer_norm", "reference", REMEDY)
     new_residual = dropout_add(x, residual, dropout_p, seed)
     return layer_norm(new_residual, weight, bias, eps).to(x.dtype), new_residual
@@ -106,7 +106,7 @@ def gelu(x: Tensor, approximate: Approximate = "tanh") -> Tensor:
 def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:
     """GELU of x (..., N) + bias (N,)."""
     raise_if_any(checks.against_bias_gelu(x, bias, approximate), "bias_gelu", "reference", REMEDY)
-    return gelu(x + bias, approximate)
+    return gelu(x + bias, approximate).to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:
@@ -131,7 +131,7 @@ def embedding(
 
 def dropout(x: Tensor, p: float, seed: Seed | None) -> Tensor:
     """x / (1 - p) for the elements that the seed keeps, each with probability 1 - p, and 0 for the others."""
-    raise_if_any(checks.against_dropout(p, seed), "dropout", "reference", REMEDY)
+    raise_if_any(checks.against_dropout_of(x, p, seed), "dropout", "reference", REMEDY)
     if p == 0.0 or seed is None:
         return x
     return seeded_dropout(x, p, seed_tensor(seed, x.device))
@@ -139,9 +139,9 @@ def dropout(x: Tensor, p: float, seed: Seed | None) -> Tensor:
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Tensor:
     """residual + dropout(x), in the dtype of residual."""
-    reasons = checks.against_dropout(p, seed) + checks.against_residual(x, residual)
+    reasons = checks.against_dropout_add(x, residual, p, seed)
     raise_if_any(reasons, "dropout_add", "reference", REMEDY)
-    return residual + dropout(x, p, seed)
+    return (residual + dropout(x, p, seed)).to(residual.dtype)
 
 
 def cross_entropy(

@@ -3,11 +3,12 @@
 SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014, section 4) as a function of a
 counter, so that any part of a mask can be drawn by itself, by any number of threads, on any device:
 
-    z = mix(seed) + (c + 1) g      mix(z): z ^= z >>> 30; z *= a; z ^= z >>> 27; z *= b; z ^= z >>> 31
+    mix(mix(seed + g) + (c + 1) g)      mix(z): z ^= z >>> 30; z *= a; z ^= z >>> 27; z *= b; z ^= z >>> 31
 
 Its 64 bits are four lanes of 16 bits, lowest first. Element j of row i of a mask (..., C), its rows counted through,
 takes lane j mod 4 of the number c = i ceil(C / 4) + j // 4, and is kept where that lane, read as an integer with a
-sign, is at least round(65536 p) - 32768. The rate of dropping is p to within 2^-17.
+sign, is at least 65536 r - 32768. The rate of dropping is r, a multiple of 2^-16: p to within 2^-17, and 1 - 2^-16
+where that is nearer to p than 1. What is kept is scaled by 1 / (1 - r), so that the mean is that of x.
 
 PyTorch's own generator for CPUs draws one number after the other in one thread, 7 ns for each element of a mask. These
 take 0.8 ns of one thread, and have no more to do where threads are many.
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.checks import Seed
+from fastgpt_kernels.checks import Seed, integer
 
 LANES = 4  # elements that share 64 random bits
 CHUNK = 40_960  # numbers for each thread: PyTorch shares out no loop over fewer than 32,768
@@ -36,11 +37,11 @@ def seed_tensor(seed: Seed, device: torch.device) -> Tensor:
     """The seed as an int64 tensor of one element on a device; written there by a fill, with no copy from the host."""
     if isinstance(seed, Tensor):
         return seed.detach().reshape(1).to(device)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
+    return torch.full((1,), integer(seed), dtype=torch.int64, device=device)
 
 
 def origin(seed: Tensor) -> Tensor:
-    """Where the counters of a seed, int64 (1,), start: z at c = 0."""
+    """Where the counters of a seed, int64 (1,), start: what is mixed at c = 0."""
     return mix_(seed + GAMMA, torch.empty_like(seed)).add_(GAMMA)
 
 
@@ -54,11 +55,16 @@ def mix_(z: Tensor, spare: Tensor) -> Tensor:
     return z
 
 
+def rate(p: float) -> float:
+    """The rate at which a mask drops that is asked for p."""
+    # beyond 65535 the bound would not fit into 16 bits
+    return min(round(65536 * p), 65535) / 65536
+
+
 def lanes_(z: Tensor, spare: Tensor, p: float) -> Tensor:
     """The mask of the numbers z (..., W), contiguous: int16 (..., 4 W), -1 to keep, 0 to drop. Both are overwritten."""
     lanes = mix_(z, spare).view(torch.int16)
-    # beyond 65535 the bound would not fit into 16 bits
-    return lanes.ge_(min(round(65536 * p), 65535) - 32768).neg_()
+    return lanes.ge_(int(65536 * rate(p)) - 32768).neg_()
 
 
 def rows_of(shape: torch.Size) -> tuple[int, int]:
@@ -88,7 +94,7 @@ def mask_parts(shape: torch.Size, seed: Tensor, p: float) -> Iterator[tuple[slic
 
 @torch.library.custom_op("fastgpt::keep_mask", mutates_args=())
 def keep_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
-    """A boolean mask in the shape of `like`, each element true with probability 1 - p, from seed and shape alone."""
+    """A boolean mask in the shape of `like`, true at the rate 1 - `rate(p)`, from seed and shape alone."""
     mask = torch.empty(like.shape, dtype=torch.bool, device=like.device)
     rows = mask.view(rows_of(like.shape))
     for part, kept in mask_parts(like.shape, seed, p):
@@ -102,5 +108,5 @@ def _(like: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """x / (1 - p) where the seed's mask keeps it, 0 elsewhere; autograd keeps the mask, one byte an element."""
-    return torch.where(keep_mask(x.detach(), seed, p), x / (1.0 - p), 0.0)
+    """x / (1 - `rate(p)`) where the seed's mask keeps it, 0 elsewhere; autograd keeps the mask, one byte an element."""
+    return torch.where(keep_mask(x.detach(), seed, p), x / (1.0 - rate(p)), 0.0)

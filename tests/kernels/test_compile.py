@@ -277,3 +277,11 @@ def test_nothing_is_compiled_in_the_interpreter():
     case = next(compile_cases.cases())
     with pytest.raises(RuntimeError, match="unset it"):
         compile_report.compile_case(case, "sm_90")
+
+
+def test_kernels_compile_where_every_size_is_one(tmp_path):
+    """Triton makes constants of such integers."""
+    operations = ["embedding", "decode_attention", "dropout", "gelu", "bias_gelu"]
+    options = ("--arch", "sm_90", "--only", "of", "one", "bfloat16", "--operations", *operations)
+    rows = compile_kernels(tmp_path / "report.json", *options)
+    assert {row.operation for row in rows} == set(operations)

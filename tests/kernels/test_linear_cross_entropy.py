@@ -326,6 +326,7 @@ def test_every_reason_against_an_input_is_given(device, triton_ops):
         "weight has shape (3, 4); x (2, 3) needs (V, 3)",
         "targets are torch.int32; they must be int64",
         "targets has shape (1,); x (2, 3) needs (2,)",
+        "x is torch.float64; supported: float32, float16, bfloat16",
     )
     with pytest.raises(UnsupportedInput, match=r"x has shape \(0, 3\); it needs at least one element"):
         triton_ops.linear_cross_entropy(x[:0].float(), weight.float(), targets[:0])

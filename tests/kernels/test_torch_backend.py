@@ -193,3 +193,35 @@ def test_gelu_is_right_where_it_ends_in_chunks_and_at_numbers_beyond_all_use(dty
     (gradient,) = torch.autograd.grad(out.sum(), extremes)
     assert torch.equal(out[:6], torch.nn.functional.gelu(extremes[:6], approximate="tanh")) and out[6].isnan()
     assert gradient[:5].tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", ["future", "window", "documents"])
+def test_no_key_that_is_hidden_reaches_a_row_whatever_it_holds(hidden, dtype, value):
+    """3e38 is finite, and its scores are not, but in float64."""
+    T, cut = 200, 150
+    qkv = torch.randn(1, T, 3, 2, 16, dtype=dtype)
+    changed = qkv.clone()
+    if hidden == "future":
+        rows, options = slice(0, cut), {}
+        changed[:, cut:, 1] = value
+    elif hidden == "window":
+        rows, options = slice(cut, T), {"window": 30}
+        changed[:, : cut - 30, 1] = value
+    else:
+        rows, options = slice(cut, T), {"document_ids": (torch.arange(T)[None] >= cut).long()}
+        changed[:, :cut, 1] = value
+    expected, ours = (TORCH.causal_attention(x, **options)[:, rows] for x in (qkv, changed))
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 2, 16), (2, 0, 3, 2, 16), (2, 4, 3, 0, 16)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_of_nothing_is_nothing(name, shape):
+    B, T, _, H, D = shape
+    qkv = torch.zeros(shape, requires_grad=True)
+    out = TORCH.causal_attention(qkv, **OPTIONS[name](B, T))
+    assert out.shape == (B, T, H, D)
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    assert gradient.shape == shape

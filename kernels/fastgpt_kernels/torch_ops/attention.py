@@ -4,7 +4,10 @@
     dv_j = sum_i z_ij p_ij do_i                      ds_ij = p_ij (z_ij do_i . v_j - sum_j p_ij z_ij do_i . v_j)
     dq_i = scale sum_j ds_ij k_j                     dk_j = scale sum_i ds_ij q_i
 
-z is 1, or with dropout kept / (1 - p).
+z is 1, or with dropout kept / (1 - p), with the p of `fastgpt_kernels.seeds.rate`.
+
+What is hidden becomes -inf whatever it was: bits are cleared and set, because -inf added to inf or NaN is NaN, and
+PyTorch's `masked_fill_` takes many times as long on a CPU.
 """
 
 import math
@@ -19,7 +22,7 @@ from fastgpt_kernels import checks
 from fastgpt_kernels.checks import REMEDY, Seed
 from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.reference import visible
-from fastgpt_kernels.seeds import GAMMA, LANES, lanes_, origin, seed_tensor, seeded_dropout
+from fastgpt_kernels.seeds import GAMMA, LANES, lanes_, origin, rate, seed_tensor, seeded_dropout
 from fastgpt_kernels.torch_ops.dropout import BITS
 
 MOST_ROWS, FEWEST_ROWS = (
@@ -62,13 +65,17 @@ class _Plan:
         self.scale, self.p, self.window = scale, dropout_p, window
         self.wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         self.narrow = torch.bfloat16 if qkv.dtype == torch.bfloat16 else self.wide
-        self.rows = min(self.T, MOST_ROWS, max(FEWEST_ROWS, self.T // 4 // FEWEST_ROWS * FEWEST_ROWS))
+        self.rows = min(max(1, self.T), MOST_ROWS, max(FEWEST_ROWS, self.T // 4 // FEWEST_ROWS * FEWEST_ROWS))
         together = max(1, SCORES * torch.get_num_threads() // max(1, self.rows * self.T))
-        self.heads, self.sequences = min(self.H, together), min(self.B, max(1, together // max(1, self.H)))
+        # at least one of each, for the sake of the loops over none
+        self.heads = max(1, min(self.H, together))
+        self.sequences = max(1, min(self.B, together // max(1, self.H)))
         self.elements = self.sequences * self.heads * self.rows * self.T
-        self.future = torch.full((self.rows, self.rows), -math.inf, dtype=self.wide).triu(1)
+        self.bits_of_scores = BITS[self.wide.itemsize]
+        self.infinity = int(torch.tensor(-math.inf, dtype=self.wide).view(self.bits_of_scores))
+        self.past = self.masks(torch.ones((self.rows, self.rows), dtype=torch.bool).tril())
         self.documents = None if document_ids is None else self._documents(document_ids)
-        self.keep = 1.0 if seed is None else 1.0 / (1.0 - dropout_p)
+        self.keep = 1.0 if seed is None else 1.0 / (1.0 - rate(dropout_p))
         if seed is not None:
             words = -(-self.T // LANES)  # numbers for a row of the mask (B, H, T, T), as `mask_parts` has them
             numbers = torch.arange(self.B * self.H * self.T).mul_(words).mul_(GAMMA).add_(origin(seed))
@@ -77,7 +84,7 @@ class _Plan:
             drawn = self.sequences * self.heads * self.rows * words
             self.z, self.spare = torch.empty((2, drawn), dtype=torch.int64).unbind()
             bits = 0 if self.narrow == torch.bfloat16 else self.elements
-            self.bits = torch.empty(bits, dtype=BITS[self.wide.itemsize])
+            self.bits = torch.empty(bits, dtype=self.bits_of_scores)
 
     def _documents(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T): a small number for each document, and the first position that has it."""
@@ -85,7 +92,12 @@ class _Plan:
         places = numbers + torch.arange(self.B)[:, None] * len(values)
         firsts = torch.full((self.B * len(values),), self.T)
         firsts.scatter_reduce_(0, places.view(-1), torch.arange(self.T).repeat(self.B), "amin")
-        return numbers.to(self.wide), firsts[places]
+        return numbers.to(torch.int32), firsts[places]
+
+    def masks(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """What of the bits of a score to keep, all or none, and what to set: none, or those of -inf."""
+        keep = seen.to(self.bits_of_scores).neg_()
+        return keep, keep.bitwise_not().bitwise_and_(self.infinity)
 
     def groups(self) -> Iterator[_Group]:
         """All of B and H, in the parts that go together."""
@@ -113,15 +125,14 @@ class _Plan:
         flat = s.flatten(0, 1)
         factor = self.scale * _LOG2E
         torch.baddbmm(flat, q.flatten(0, 1), k.flatten(0, 1)[:, start:stop].mT, beta=0, alpha=factor, out=flat)
-        s[..., keys - rows :].add_(self.future[:rows, :rows])
+        hide_(s[..., keys - rows :], *(mask[:rows, :rows] for mask in self.past))
         if self.window is not None and stop - self.window > start:
             i = torch.arange(first, stop)[:, None]
             j = torch.arange(start, stop - self.window)
-            s[..., : len(j)].add_(torch.zeros((), dtype=self.wide).where(j > i - self.window, -math.inf))
+            hide_(s[..., : len(j)], *self.masks(j > i - self.window))
         if self.documents is not None:
             number = self.documents[0][group.sequences, None]
-            same = torch.sub(number[..., first:stop, None], number[..., None, start:stop]).eq_(0)
-            s.add_(same.reciprocal_().neg_().add_(1))  # 1 - 1/1 = 0, 1 - 1/0 = -inf
+            hide_(s, *self.masks(number[..., first:stop, None] == number[..., None, start:stop]))
         return s
 
     def kept(self, group: _Group, block: _Block) -> Tensor:
@@ -159,6 +170,11 @@ def take(memory: Tensor, *shape: int) -> Tensor:
 def copy(x: Tensor, memory: Tensor) -> Tensor:
     """x, dense and in the dtype of some memory, there."""
     return take(memory, *x.shape).copy_(x)
+
+
+def hide_(scores: Tensor, keep: Tensor, infinity: Tensor) -> None:
+    """Make -inf of the scores that are hidden, by `_Plan.masks`."""
+    scores.view(keep.dtype).bitwise_and_(keep).bitwise_or_(infinity)
 
 
 def drop_(x: Tensor, kept: Tensor) -> None:
@@ -339,7 +355,7 @@ def causal_attention(
     factor = scale or 1.0 / math.sqrt(qkv.shape[-1])
     key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
     if qkv.device.type == "cpu":
-        band = None if window is None or window >= qkv.shape[1] else window
+        band = None if window is None or window >= qkv.shape[1] else checks.integer(window)
         out: Tensor = _attention(qkv, factor, dropout_p, key, band, document_ids)[0]
         return out
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # views, each (B, H, T, D)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgpt_kernels import checks
 from fastgpt_kernels.checks import REMEDY, Seed
 from fastgpt_kernels.errors import raise_if_any
-from fastgpt_kernels.seeds import mask_parts, rows_of, seed_tensor, seeded_dropout
+from fastgpt_kernels.seeds import mask_parts, rate, rows_of, seed_tensor, seeded_dropout
 
 # the integers that hold the bits of a number, by its bytes
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,7 +29,7 @@ def _dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, dtype: 
     rows = rows_of(x.shape)
     x_bits, y_rows = x.contiguous().view(rows).view(BITS[x.element_size()]), y.view(rows)
     residual_rows = None if residual is None else residual.contiguous().view(rows)
-    scale, buffer = 1.0 / (1.0 - p), None
+    scale, buffer = 1.0 / (1.0 - rate(p)), None
     for part, kept in mask_parts(x.shape, seed, p):
         if buffer is None:
             buffer = torch.empty_like(x_bits[part])
@@ -69,9 +69,9 @@ def dropout(x: Tensor, p: float, seed: Seed | None) -> Tensor:
     """x / (1 - p) for the elements that the seed keeps, each with probability 1 - p, and 0 for the others.
 
     The mask depends on the seed and the shape alone, and leaves PyTorch's global generators untouched. The probability
-    is p to within 2^-17.
+    is p to within 2^-17, and the scale that of the rate really used (`fastgpt_kernels.seeds.rate`).
     """
-    raise_if_any(checks.against_dropout(p, seed), "dropout", "torch", REMEDY)
+    raise_if_any(checks.against_dropout_of(x, p, seed), "dropout", "torch", REMEDY)
     if p == 0.0 or seed is None:
         return x
     key = seed_tensor(seed, x.device)
@@ -83,10 +83,10 @@ def dropout(x: Tensor, p: float, seed: Seed | None) -> Tensor:
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Tensor:
     """residual + dropout(x), in the dtype of residual."""
-    reasons = checks.against_dropout(p, seed) + checks.against_residual(x, residual)
+    reasons = checks.against_dropout_add(x, residual, p, seed)
     raise_if_any(reasons, "dropout_add", "torch", REMEDY)
     if p == 0.0 or seed is None or not _in_chunks(x):
-        return residual + dropout(x, p, seed)
+        return (residual + dropout(x, p, seed)).to(residual.dtype)
     y: Tensor = _dropout(x, residual, seed_tensor(seed, x.device), p, residual.dtype)
     return y
 

@@ -90,17 +90,14 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Ten
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:
     """GELU of x (..., K) weight (N, K)^T + bias (N,); the product adds the bias. Under autocast, in its dtype."""
-    x, weight, bias = in_autocast_dtype(x, weight, bias)
     raise_if_any(checks.against_linear_gelu(x, weight, bias, approximate), "linear_gelu", "torch", REMEDY)
+    x, weight, bias = in_autocast_dtype(x, weight, bias)
     return _gelu(F.linear(x, weight, bias), approximate)
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The operands of a product as autocast has them: in its dtype where it is on, else as they are."""
-    device = tensors[0].device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-    return tensors
+    """The operands of a product as autocast has them."""
+    return tuple(tensor.to(checks.autocast_dtype(tensor)) for tensor in tensors)
 
 
 def _gelu(x: Tensor, approximate: Approximate) -> Tensor:

@@ -187,7 +187,7 @@ def linear_cross_entropy(
     Raises:
         UnsupportedInput: for arguments outside these; on a GPU, a target outside [0, V) is a device-side assertion.
     """
-    x, weight = in_autocast_dtype(x, weight)
     reasons = checks.against_linear_cross_entropy(x, weight, targets, reduction)
     raise_if_any(reasons, "linear_cross_entropy", "torch", REMEDY)
+    x, weight = in_autocast_dtype(x, weight)
     return reduced(_losses(x, weight, targets, ignore_index), targets, ignore_index, reduction)
