@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.masks import rate_of
 from benchmarks.shapes import RESIDUALS
 from benchmarks.work import Work, bytes_of
 
@@ -23,7 +24,7 @@ def test_dropout(case, contender, draw, verify, measure):
         return ops.dropout(x, case.dropout_p, 1)
 
     nonzero = torch.where(x == 0, 1.0, x)
-    verify(lambda: assert_dropout(dropout(contender, nonzero), nonzero, case.dropout_p))
+    verify(lambda: assert_dropout(dropout(contender, nonzero), nonzero, rate_of(contender, case.dropout_p)))
     size = bytes_of(x)
     work = Work("byte", "read x, write y; backward: read dy, write dx", 2 * size, 2 * size)
     measure(dropout, x, work=work)
@@ -37,7 +38,11 @@ def test_dropout_add(case, contender, draw, verify, measure):
         return ops.dropout_add(x, residual, case.dropout_p, 1)
 
     nonzero = torch.where(x == 0, 1.0, x)
-    verify(lambda: assert_dropout(dropout_add(contender, nonzero, torch.zeros_like(x)), nonzero, case.dropout_p))
+    verify(
+        lambda: assert_dropout(
+            dropout_add(contender, nonzero, torch.zeros_like(x)), nonzero, rate_of(contender, case.dropout_p)
+        )
+    )
     size = bytes_of(x)
     formula = "read x and the residual, write the sum; backward: read dy, write dx (the residual's gradient is dy)"
     measure(dropout_add, x, residual, work=Work("byte", formula, 3 * size, 2 * size))

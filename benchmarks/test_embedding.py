@@ -23,7 +23,9 @@ def test_embedding(case, contender, draw, draw_integers, check, measure):
         # sums of positive rows are 0 where they are dropped and nowhere else
         positive = token_table.abs() + 0.1, position_table.abs() + 0.1
         call = lambda *xs: embed(contender, *xs)  # noqa: E731
-        masks.assert_as_close(call, masked, lambda found: found[0] != 0, case.dropout_p, few, *positive)
+        masks.assert_as_close(
+            call, masked, lambda found: found[0] != 0, masks.rate_of(contender, case.dropout_p), few, *positive
+        )
 
     few = tokens[: max(1, 2**22 // (case.T * case.N))]  # many times the tokens of which one program adds the gradients
     plain = lambda ops, *xs: embed(ops, *xs, dropout_p=0.0)  # noqa: E731

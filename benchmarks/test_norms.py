@@ -33,7 +33,15 @@ def test_add_layer_norm(case, contender, draw, check, measure):
         nonzero, nothing = torch.where(few[0] == 0, 1.0, few[0]), torch.zeros_like(few[1])
         masked = lambda ops, z, x, *others: ops.add_layer_norm(x * z.to(x.dtype), *others)  # noqa: E731
         call = lambda *xs: norm(contender, *xs)  # noqa: E731
-        masks.assert_as_close(call, masked, lambda found: found[1] != 0, case.dropout_p, nonzero, nothing, *few[2:])
+        masks.assert_as_close(
+            call,
+            masked,
+            lambda found: found[1] != 0,
+            masks.rate_of(contender, case.dropout_p),
+            nonzero,
+            nothing,
+            *few[2:],
+        )
 
     few = *few_of(x, residual), weight, bias
     check(lambda ops, *xs: norm(ops, *xs, dropout_p=0.0), *few, also=dropout if case.dropout_p else None)
