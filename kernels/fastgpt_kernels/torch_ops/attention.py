@@ -1,10 +1,13 @@
 """Causal attention by PyTorch: `scaled_dot_product_attention`, and on a CPU blocks of queries over batched products.
 
-    s_ij = scale q_i . k_j over the j that i sees    p_ij = exp(s_ij - lse_i)    o_i = sum_j z_ij p_ij v_j
+    s_ij = scale q_i . k_j over the j that i sees    p_i = softmax(s_i)          o_i = sum_j z_ij p_ij v_j
     dv_j = sum_i z_ij p_ij do_i                      ds_ij = p_ij (z_ij do_i . v_j - sum_j p_ij z_ij do_i . v_j)
     dq_i = scale sum_j ds_ij k_j                     dk_j = scale sum_i ds_ij q_i
 
 z is 1, or with dropout kept / (1 - p), with the p of `fastgpt_kernels.seeds.rate`.
+
+Nothing is kept for the backward but qkv: PyTorch's softmax, all of a row in one go, takes less time than the passes
+that a kept log(sum exp) would leave.
 
 What is hidden becomes -inf whatever it was: bits are cleared and set, because -inf added to inf or NaN is NaN, and
 PyTorch's `masked_fill_` takes many times as long on a CPU.
@@ -25,13 +28,9 @@ from fastgpt_kernels.reference import visible
 from fastgpt_kernels.seeds import GAMMA, LANES, lanes_, origin, rate, seed_tensor, seeded_dropout
 from fastgpt_kernels.torch_ops.dropout import BITS
 
-MOST_ROWS, FEWEST_ROWS = (
-    128,
-    32,
-)  # queries of a block: at least four blocks, whose sums over queries round less than one
+# Queries of a block. At least four blocks share a sequence: sums over queries that are long round more.
+MOST_ROWS, FEWEST_ROWS = 128, 32
 SCORES = 2**20  # of a block in all heads that go together, for each thread
-
-_LOG2E = math.log2(math.e)
 
 
 class _Group(NamedTuple):
@@ -115,7 +114,7 @@ class _Plan:
             yield _Block(first, stop, start // LANES * LANES)
 
     def scores(self, q: Tensor, k: Tensor, group: _Group, block: _Block, memory: Tensor) -> Tensor:
-        """Those of a block times log2(e) in `memory`, (sequences, heads, rows, keys); -inf where they are hidden.
+        """Those of a block in `memory`, (sequences, heads, rows, keys); -inf where they are hidden.
 
         q (sequences, heads, rows, D); k (sequences, heads, T, D).
         """
@@ -123,8 +122,7 @@ class _Plan:
         rows, keys = stop - first, stop - start
         s = take(memory, *q.shape[:3], keys)
         flat = s.flatten(0, 1)
-        factor = self.scale * _LOG2E
-        torch.baddbmm(flat, q.flatten(0, 1), k.flatten(0, 1)[:, start:stop].mT, beta=0, alpha=factor, out=flat)
+        torch.baddbmm(flat, q.flatten(0, 1), k.flatten(0, 1)[:, start:stop].mT, beta=0, alpha=self.scale, out=flat)
         hide_(s[..., keys - rows :], *(mask[:rows, :rows] for mask in self.past))
         if self.window is not None and stop - self.window > start:
             i = torch.arange(first, stop)[:, None]
@@ -185,13 +183,12 @@ def drop_(x: Tensor, kept: Tensor) -> None:
 @torch.library.custom_op("fastgpt::attention_in_blocks", mutates_args=())
 def _attention(
     qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, window: int | None, document_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The output (B, T, H, D) and the log2 of the sums of the exponentials, (B, H, T, 1)."""
+) -> Tensor:
+    """The output (B, T, H, D)."""
     with torch.autocast("cpu", enabled=False):
         plan = _Plan(qkv, scale, dropout_p, seed, window, document_ids)
         B, T, H, D, wide, narrow = plan.B, plan.T, plan.H, plan.D, plan.wide, plan.narrow
         out = qkv.new_empty((B, T, H, D))
-        lse = qkv.new_empty((B, H, T, 1), dtype=wide)
         memory = torch.empty(plan.elements, dtype=wide)
         weights = memory if narrow == wide else torch.empty(plan.elements, dtype=narrow)
         k_memory, v_memory, keys_memory = plan.sequence(wide), plan.sequence(narrow), plan.sequence(narrow)
@@ -202,33 +199,29 @@ def _attention(
             for block in plan.blocks(group):
                 rows = slice(block.first, block.stop)
                 s = plan.scores(copy(q[:, :, rows], q_memory), k, group, block, memory)
-                top = s.amax(-1, keepdim=True)
-                s.sub_(top).exp2_()
-                total = s.sum(-1, keepdim=True)
-                torch.add(top, total.log2(), out=lse[group.sequences, group.heads, rows])
-                s.mul_(plan.keep / total)
+                torch.softmax(s, -1, out=s)
+                if seed is not None:
+                    s.mul_(plan.keep)
                 p = s if narrow == wide else copy(s, weights)
                 if seed is not None:
                     drop_(p, plan.kept(group, block))
                 o = take(o_memory, *p.shape[:3], D)
                 torch.bmm(p.flatten(0, 1), plan.operand(v, block, keys_memory), out=o.flatten(0, 1))
                 out[group.sequences, rows, group.heads] = o.transpose(1, 2)
-    return out, lse
+    return out
 
 
 @_attention.register_fake
 def _(
     qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, window: int | None, document_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     B, T, _, H, D = qkv.shape
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty((B, T, H, D)), qkv.new_empty((B, H, T, 1), dtype=wide)
+    return qkv.new_empty((B, T, H, D))
 
 
 @torch.library.custom_op("fastgpt::attention_in_blocks_backward", mutates_args=())
 def _attention_backward(
     qkv: Tensor,
-    lse: Tensor,
     dout: Tensor,
     scale: float,
     dropout_p: float,
@@ -266,7 +259,7 @@ def _attention_backward(
                 s = plan.scores(
                     q_rows if narrow == wide else copy(q_rows, q_exact_memory), k_exact, group, block, memory
                 )
-                s.sub_(lse[group.sequences, group.heads, rows]).exp2_()
+                torch.softmax(s, -1, out=s)
                 p = s if narrow == wide else copy(s, weights)
                 dp, ds = take(products, *s.shape), take(slopes, *s.shape)
                 torch.bmm(do_rows, plan.operand(v, block, keys_memory).mT, out=dp.flatten(0, 1))
@@ -294,7 +287,6 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(
     qkv: Tensor,
-    lse: Tensor,
     dout: Tensor,
     scale: float,
     dropout_p: float,
@@ -308,17 +300,15 @@ def _(
 def _setup_context(
     ctx: Any,
     inputs: tuple[Tensor, float, float, Tensor | None, int | None, Tensor | None],
-    output: tuple[Tensor, Tensor],
+    output: Tensor,
 ) -> None:
     qkv, ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, lse, seed, document_ids)
+    ctx.save_for_backward(qkv, seed, document_ids)
 
 
-def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, lse, seed, document_ids = ctx.saved_tensors
-    dqkv: Tensor = _attention_backward(qkv, lse, dout, ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids)
+def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, seed, document_ids = ctx.saved_tensors
+    dqkv: Tensor = _attention_backward(qkv, dout, ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids)
     return dqkv, None, None, None, None, None
 
 
@@ -356,7 +346,7 @@ def causal_attention(
     key = None if dropout_p == 0.0 or seed is None else seed_tensor(seed, qkv.device)
     if qkv.device.type == "cpu":
         band = None if window is None or window >= qkv.shape[1] else checks.integer(window)
-        out: Tensor = _attention(qkv, factor, dropout_p, key, band, document_ids)[0]
+        out: Tensor = _attention(qkv, factor, dropout_p, key, band, document_ids)
         return out
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # views, each (B, H, T, D)
     if key is not None:
