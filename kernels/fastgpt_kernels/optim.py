@@ -24,8 +24,9 @@ REMEDY = "No backend takes these arguments: correct the call."
 STATE_REMEDY = "The state is of another optimizer: load one that torch.optim.AdamW or FusedAdamW wrote."
 # so short that float32 sums of squares keep their digits
 NORM_CHUNK = 1_024
-# elements for each thread of a CPU whose float32 gradient is made and used while it is in the cache
-UPDATE_CHUNK = 131_072
+# elements for each thread of a CPU whose float32 gradient is made and used while it is in the cache: fewer would leave
+# more of the time to the waking of threads
+UPDATE_CHUNK = 1_048_576
 
 
 class Member(NamedTuple):
