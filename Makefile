@@ -22,7 +22,7 @@ test:
 	$(PYTHON) -m pytest
 
 slow:
-	$(PYTHON) -m pytest -m 'slow and not gpu'
+	$(PYTHON) -m pytest -m 'slow and not gpu' --hypothesis-profile exploring
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # as the command line does, and before anything imports PyTorch
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,6 +20,12 @@ import torch
 if not torch.cuda.is_available():
     # before anything imports Triton: without a GPU its kernels run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Properties are tried on the same examples each time, so that a run tells of the code and not of its luck;
+# `--hypothesis-profile exploring` tries others.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("exploring", derandomize=False, print_blob=True)
+settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]
 

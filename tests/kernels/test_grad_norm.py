@@ -88,10 +88,13 @@ def test_a_repeat_gives_the_same_bits(device, norm):
 )
 def test_it_scales_with_its_elements_and_does_not_care_how_they_are_cut(exponent, values, cut):
     x = torch.tensor(values, device=DEVICE)
-    for norm in (grad_norm, gradient_norm.norm):
+    # The torch backend sums n squares in float32, and in float64 where they are too small: each has rounded by at most
+    # n / 2 units, of which the root halves the sum. The kernels' float64 leaves the rounding of the norm.
+    eps = torch.finfo(torch.float32).eps
+    for norm, allowed in ((grad_norm, (len(values) / 4 + 1) * eps), (gradient_norm.norm, eps)):
         whole = norm([x])
-        assert torch.equal(norm([x * 2.0**exponent]), whole * 2.0**exponent)
-        torch.testing.assert_close(norm([x[:cut], x[cut:]]), whole, rtol=2e-7, atol=0.0)
+        for other in (norm([x * 2.0**exponent]) / 2.0**exponent, norm([x[:cut], x[cut:]])):
+            torch.testing.assert_close(other, whole, rtol=allowed, atol=0.0)
 
 
 def test_float64_is_taken_on_a_cpu():
