@@ -36,4 +36,4 @@ kernels-compiled:
 	$(COMPILE) --markdown docs/kernels-compiled.md --beside "$$folder/rows.json"
 
 gpu-tune:
-	$(PYTHON) -m fastgpt_kernels.tune --seconds 540 $(if $(OUT),--out "$(OUT)")
+	$(PYTHON) -m fastgpt_kernels.tune --seconds 420 $(if $(OUT),--out "$(OUT)")

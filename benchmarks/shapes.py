@@ -101,11 +101,7 @@ ATTENTION: Cases = {
     },
 }
 DECODE: Cases = {
-    "gpu": {
-        f"{name} T={T}": Attention(B, T, GPT2[name].H, 64)
-        for T, B in ((1024, 64), (4096, 32))
-        for name in ("gpt2-124m", "gpt2-1558m")
-    },
+    "gpu": {f"{name} T={T}": Attention(B, T, GPT2[name].H, 64) for T, B in ((1024, 64), (4096, 32)) for name in GPT2},
     "cpu": {"gpt2-124m T=1024": Attention(4, 1024, 12, 64)},
     "toy": {"toy": Attention(3, 20, 2, 16)},
 }
@@ -132,10 +128,7 @@ MLPS: Cases = {
     "toy": {"toy": Matrix(24, 32)},
 }
 RESIDUALS: Cases = {
-    "gpu": {
-        "gpt2-124m": Matrix(65_536, 768, dropout_p=0.1),
-        "gpt2-1558m": Matrix(32_768, 1600, dropout_p=0.1),
-    },
+    "gpu": {name: Matrix(65_536 if size.N <= 1024 else 32_768, size.N, dropout_p=0.1) for name, size in GPT2.items()},
     "cpu": {"gpt2-124m": Matrix(1024, 768, dropout_p=0.1)},
     "toy": {"toy": Matrix(64, 96, dropout_p=0.1)},
 }

@@ -29,7 +29,8 @@ def prepare_host(device: torch.device, threads: int | None, *, local_rank: int =
     cores = available_cores()
     threads = threads or max(1, len(cores) // local_world_size)
     # a launcher may have bound each rank already: then there are no cores to share out
-    if device.type == "cpu" and local_world_size > 1 and threads * local_world_size <= len(cores):
+    shared_out = local_world_size > 1 and threads * local_world_size <= len(cores)
+    if device.type == "cpu" and shared_out and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores[local_rank * threads : (local_rank + 1) * threads])
     torch.set_num_threads(threads)
     if device.type == "cpu":

@@ -56,12 +56,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_factor(norm: float, clip: float | None) -> float:
-    """What brings gradients of a finite global L2 norm to a norm of at most `clip`."""
-    # the form of the quotient is DeepSpeed's, so that both engines round alike
-    return 1.0 / max(1.0, (norm + 1e-6) / clip) if clip else 1.0
-
-
 def gradient_factor(norm: Tensor, clip: float | None, scale: float) -> Tensor:
     """What brings the sum of gradients times a loss scale to a norm of at most `clip`, on the device of the norm.
 
@@ -73,6 +67,7 @@ def gradient_factor(norm: Tensor, clip: float | None, scale: float) -> Tensor:
     Returns:
         A float32 scalar: NaN where the norm is not finite, at which the optimizer leaves everything as it is.
     """
+    # the form of the quotient is DeepSpeed's, so that both engines round alike
     norm = norm.double()
     factor = torch.ones_like(norm) if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0).reciprocal()
     return torch.where(norm.isfinite(), factor / scale, math.nan).float()

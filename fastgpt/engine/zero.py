@@ -20,7 +20,7 @@ from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.host import to_device
 from fastgpt.engine.layouts import PlainLayout, layout_of
-from fastgpt.engine.optimizer import adam, clip_factor, optimizer_backend, set_learning_rate
+from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -176,14 +176,14 @@ class DeepSpeedZero:
     def _clip(self) -> float:
         """Clip the reduced gradients where DeepSpeed does not; gradients that are not finite are dropped."""
         gradients = [p.grad for p in self._weights.values() if p.grad is not None]
-        norm = float(grad_norm(gradients, backend=optimizer_backend(self._config.kernels)))
-        if math.isfinite(norm):
-            torch._foreach_mul_(gradients, clip_factor(norm, self._config.train.clip))
+        norm = grad_norm(gradients, backend=optimizer_backend(self._config.kernels))
+        if norm.isfinite():
+            torch._foreach_mul_(gradients, gradient_factor(norm, self._config.train.clip, scale=1.0))
         else:
             # the optimizer passes over weights without a gradient, so that the update is skipped whole
             for parameter in self._weights.values():
                 parameter.grad = None
-        return norm
+        return float(norm)
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

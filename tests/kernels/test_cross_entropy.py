@@ -532,3 +532,13 @@ def test_the_torch_backend_takes_float64_and_no_rows(reduction):
         loss.sum().backward()
         assert nothing.grad.shape == (0, 7)
     assert {"none": loss.shape == (0,), "sum": bool(loss.sum() == 0), "mean": bool(loss.isnan().all())}[reduction]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("expected_gradient", [None, 1.0])
+def test_consumed_logits_have_no_second_derivative_and_say_so(expected_gradient, backend, device):
+    logits = torch.randn(3, 11, device=device, requires_grad=True)
+    targets = torch.tensor([0, 5, 10], device=device)
+    loss = load_ops(backend).cross_entropy(logits * 1.0, targets, consume=True, expected_gradient=expected_gradient)
+    with pytest.raises(RuntimeError, match="gives no second derivatives"):
+        torch.autograd.grad(loss, logits, create_graph=True)

@@ -43,6 +43,10 @@ CONSUMED = (
     "gradient: a second backward needs consume=False"
 )
 
+NO_SECOND_DERIVATIVES = (
+    "cross_entropy with consume=True gives no second derivatives, which create_graph=True asks for: use consume=False"
+)
+
 
 def row_losses(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """The loss of each row of logits (rows, V), 0 where the target does not count; float32 at least."""
@@ -272,8 +276,10 @@ def may_be_written(logits: Tensor, consume: bool) -> bool:
 
 
 def refuse_a_second_backward(ctx: Any) -> None:
-    """Raise where the backward of this context has consumed the logits before."""
+    """Raise where the backward of this context has consumed the logits before, or is to be differentiated itself."""
     if ctx.consume:
+        if torch.is_grad_enabled():  # under create_graph, which the logits' own memory cannot be part of
+            raise RuntimeError(NO_SECOND_DERIVATIVES)
         if getattr(ctx, "consumed", False):
             raise RuntimeError(CONSUMED)
         ctx.consumed = True
