@@ -105,6 +105,8 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    cuda_graph: bool = True
+    """Record forward and backward of a micro-batch as one CUDA graph (the single engine, on a GPU)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of each rank; null shares the cores between the ranks of this host."""
     reduce_bucket_size: Positive = 500_000_000

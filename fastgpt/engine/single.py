@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from fastgpt_kernels import grad_norm
 from torch import Tensor
@@ -13,9 +11,11 @@ from torch import Tensor
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
-from fastgpt.engine.host import to_device
+from fastgpt.engine.cuda_graph import CudaGraphs, GraphedMicroStep, Recorder
+from fastgpt.engine.main_gradients import MainGradients
+from fastgpt.engine.micro_step import MicroStep
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate
-from fastgpt.engine.phases import Phases, unobserved
+from fastgpt.engine.phases import Phases
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -28,10 +28,17 @@ from fastgpt.model.init import initialise
 class SingleProcess:
     """Weights in the run's precision, fp32 master weights and moments, gradients accumulated in fp32."""
 
-    def __init__(self, build: Callable[[], GPT], config: Config, precision: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        build: Callable[[], GPT],
+        config: Config,
+        precision: str,
+        device: torch.device,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Build and initialise the model; a `recorder` makes the micro-step one graph, by default CUDA's on a GPU."""
         self.ranks = Ranks()
         self.step = 0
-        self.phases: Phases = unobserved
         self._config = config
         self._device = device
         self._model = build().to(DTYPES[precision]).to(device)
@@ -48,9 +55,25 @@ class SingleProcess:
         working = zip(self._masters.values(), self._weights.values(), strict=True) if self._low else ()
         self._optimizer = adam(self._masters, shapes, config.train, config.kernels, working)
         self._scale = LossScale() if precision == "fp16" else None
-        # fp32 sums of gradients in 16 bits, by the name of the weight
-        self._sums: dict[str, Tensor] = {}
+        self._gradients = MainGradients(self._weights, self._masters, micro_batches=config.micro_batches)
+        plain = MicroStep(
+            self._model, self._gradients, device, checkpoint_activations=config.train.activation_checkpointing
+        )
+        self._micro_step: MicroStep | GraphedMicroStep = plain
+        if recorder is None and device.type == "cuda" and config.engine.cuda_graph:
+            recorder = CudaGraphs()
+        if recorder is not None:
+            self._micro_step = GraphedMicroStep(plain, self._weights, recorder)
         self._sampler: CachedLogits | None = None
+
+    @property
+    def phases(self) -> Phases:
+        """Who is told of the phases of an update."""
+        return self._micro_step.phases
+
+    @phases.setter
+    def phases(self, observer: Phases) -> None:
+        self._micro_step.phases = observer
 
     def update(self, batch: Batch) -> Pending:
         """Begin one update from all micro-batches of the batch.
@@ -60,19 +83,20 @@ class SingleProcess:
         """
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
+        scale = self._scale.scale if self._scale else 1.0
+        self._micro_step.start_update()
         losses = [
-            self._accumulate(tokens, index) for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
+            self._micro_step(tokens, dropout_seed(self._config, self.step, index), scale / self._config.micro_batches)
+            for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
         ]
         with self.phases("optimizer"):
-            scale = self._scale.scale if self._scale else 1.0
-            norm = grad_norm(self._gradients(), backend=optimizer_backend(self._config.kernels)) / scale
+            norm = grad_norm(self._gradients.all(), backend=optimizer_backend(self._config.kernels)) / scale
             set_learning_rate(self._optimizer, rate)
             self._optimizer.step(gradient_scale=gradient_factor(norm, self._config.train.clip, scale))
             self._sampler = None
             if self._scale:
                 self._scale.update(overflow=not norm.isfinite())
-            for parameter in (*self._masters.values(), *self._weights.values()):
-                parameter.grad = None
+            self._gradients.clear()
 
         def read(step: int = self.step) -> Update:
             loss, size = global_loss(self.ranks, losses), float(norm)
@@ -115,49 +139,6 @@ class SingleProcess:
         self._sampler = None
         if self._low:
             self._round_masters()
-
-    def _accumulate(self, tokens: npt.NDArray[np.int64], micro_batch: int) -> Tensor:
-        """Add one micro-batch's gradient to the masters'; returns its mean loss. tokens (B, T + 1)."""
-        config = self._config
-        self._model.train()
-        factor = (self._scale.scale if self._scale else 1.0) / config.micro_batches
-        with self.phases("data"):
-            x = to_device(tokens, self._device)
-        with self.phases("forward"):
-            loss: Tensor = self._model(
-                x[:, :-1],
-                targets=x[:, 1:],
-                dropout_seed=dropout_seed(config, self.step, micro_batch),
-                checkpoint_activations=config.train.activation_checkpointing,
-                loss_gradient=factor,
-            )
-        with self.phases("backward"):
-            (loss * factor).backward()  # type: ignore[no-untyped-call]
-            if self._low and config.micro_batches > 1:
-                self._add_up()
-        return loss.detach()
-
-    @torch.no_grad()
-    def _add_up(self) -> None:
-        """Add the gradients of a micro-batch to the masters' in fp32. One alone is left to the weights in 16 bits."""
-        for name, weight in self._weights.items():
-            if weight.grad is None:
-                continue
-            master = self._masters[name]
-            if master.grad is not None:
-                master.grad.add_(weight.grad)
-            else:
-                # its memory is kept from update to update
-                if name not in self._sums:
-                    self._sums[name] = torch.empty_like(master, requires_grad=False)
-                master.grad = self._sums[name].copy_(weight.grad)
-            weight.grad = None
-
-    def _gradients(self) -> list[Tensor]:
-        """Those of an update: in fp32, or in 16 bits where one micro-batch is all."""
-        pairs = zip(self._masters.values(), self._weights.values(), strict=True)
-        found = (weight.grad if master.grad is None else master.grad for master, weight in pairs)
-        return [gradient for gradient in found if gradient is not None]
 
     @torch.no_grad()
     def _round_masters(self) -> None:
