@@ -148,6 +148,7 @@ LINEAR_LOSSES: Cases = {
     "cpu": {"gpt2-124m": Losses(1024, V, 768)},
     "toy": {"toy": Losses(12, 257, 32)},
 }
+LOGITS: Cases = LINEAR_LOSSES
 MODELS: Cases = {
     "gpu": GPT2,
     "cpu": {"gpt2-124m": GPT2["gpt2-124m"]},

@@ -1,4 +1,4 @@
-"""Cross-entropy, of logits and of a linear map.
+"""Logits, their cross-entropy, and the two in one.
 
 Contenders divide their work differently between forward and backward: only both together compare.
 """
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.contenders import OURS
-from benchmarks.shapes import LINEAR_LOSSES, LOSSES
+from benchmarks.shapes import LINEAR_LOSSES, LOGITS, LOSSES
 from benchmarks.timing import incoming
 from benchmarks.work import Work, bytes_of
 
@@ -34,6 +34,21 @@ def test_cross_entropy(case, contender, contender_name, draw, draw_integers, che
 
 def restore(logits, kept):
     logits.copy_(kept)
+
+
+@pytest.mark.operation("logits", cases=LOGITS, directions=("both",))
+def test_logits_and_their_loss(case, contender, contender_name, draw, draw_integers, check, measure):
+    x, weight = draw(case.rows, case.N), draw(case.V, case.N) * case.N**-0.5
+    targets = draw_integers(case.V, case.rows)
+    known = {"expected_gradient": incoming(x.new_empty((), dtype=torch.float32))} if contender_name in OURS else {}
+
+    def loss(ops, x, weight, targets, **options):
+        return ops.cross_entropy(ops.logits(x, weight), targets, consume=True, **options)
+
+    check(loss, x[:FEW], weight, targets[:FEW])
+    product = 2 * case.rows * case.N * case.V
+    work = Work("FLOP", "2 rows N V; backward: twice that; the loss does not count", product, 2 * product)
+    measure(lambda ops, *inputs: loss(ops, *inputs, **known), x, weight, targets, work=work)
 
 
 @pytest.mark.operation("linear_cross_entropy", cases=LINEAR_LOSSES, directions=("both",))

@@ -105,7 +105,7 @@ def test_the_command_writes_what_each_part_found(command, tmp_path):
     assert record["environment"]["versions"]["torch"] == torch.__version__ and record["environment"]["load"]
     losses = record["parts"]["losses"]
     assert losses["outcome"] == "passed" and losses["session"]["copy"] > 0
-    assert {row["operation"] for row in losses["benchmarks"]} == {"cross_entropy", "linear_cross_entropy"}
+    assert {row["operation"] for row in losses["benchmarks"]} == {"logits", "cross_entropy", "linear_cross_entropy"}
     assert record["parts"]["sanitizer"]["outcome"] == "not measured: compute-sanitizer not found"
     *_, row, _, losses_line, last = done.stdout.strip().splitlines()
     assert "linear_cross_entropy toy both" in row and "passed" in losses_line and last == f"results: {path}"

@@ -76,7 +76,7 @@ class TiedEmbedding(nn.Module):
         Tokens (B, T) then become dropout(token + position), (B, T, width).
         """
         if positions is None:
-            return F.linear(x, self.weight)
+            return self.ops.logits(x, self.weight)
         return self.ops.embedding(x, self.weight, positions, dropout_p=p, seed=seed)
 
 

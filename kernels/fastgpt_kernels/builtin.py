@@ -101,6 +101,11 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Ten
     return residual + dropout(x, p, seed)
 
 
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """`torch.nn.functional.linear`."""
+    return F.linear(x, weight)
+
+
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,

@@ -151,6 +151,18 @@ def against_embedding(
     return reasons
 
 
+def against_logits(x: Tensor, weight: Tensor) -> list[str]:
+    """Reasons against the product of x (..., N) and weight (V, N)^T."""
+    if wrong := against_kinds(x=x, weight=weight):
+        return wrong
+    reasons = against_no_floats(x, "x") + against_factor(weight, "weight", x, "x")
+    if x.dim() == 0:
+        reasons.append("x has no dimensions; it must be (..., N)")
+    elif weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not len(weight):
+        reasons.append(f"weight has shape {shape_of(weight)}; x (..., {shape_of(x)[-1]}) needs (V, {shape_of(x)[-1]})")
+    return reasons
+
+
 def against_cross_entropy(
     logits: Tensor, targets: Tensor, reduction: str, expected_gradient: float | Tensor | None = None
 ) -> list[str]:

@@ -16,7 +16,7 @@ from fastgpt_kernels.ops import Ops
 
 Backend: TypeAlias = Literal["auto", "triton", "torch", "reference"]
 
-# the file of each operation's Triton kernels
+# the file of each operation
 TRITON_FILES = {
     "causal_attention": "attention",
     "decode_attention": "decode",
@@ -28,6 +28,7 @@ TRITON_FILES = {
     "embedding": "embedding",
     "dropout": "dropout",
     "dropout_add": "dropout",
+    "logits": "torch_ops.logits",  # cuBLAS multiplies
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
 }

@@ -118,6 +118,12 @@ class DropoutAdd(Protocol):
     def __call__(self, x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Tensor: ...
 
 
+class Logits(Protocol):
+    """x (..., N), weight (V, N) as in nn.Linear -> x weight^T, (..., V), whose rows may lie further apart than V."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+
 class CrossEntropy(Protocol):
     """logits (rows, V), targets (rows,) int64 -> the negative log-softmax at the targets, in nats.
 
@@ -172,5 +178,6 @@ class Ops(NamedTuple):
     embedding: Embedding
     dropout: Dropout
     dropout_add: DropoutAdd
+    logits: Logits
     cross_entropy: CrossEntropy
     linear_cross_entropy: LinearCrossEntropy

@@ -144,6 +144,12 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Ten
     return (residual + dropout(x, p, seed)).to(residual.dtype)
 
 
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., N) weight (V, N)^T."""
+    raise_if_any(checks.against_logits(x, weight), "logits", "reference", REMEDY)
+    return x @ weight.mT
+
+
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -179,4 +185,4 @@ def linear_cross_entropy(
     """The cross-entropy of the logits x (rows, N) weight (V, N)^T."""
     reasons = checks.against_linear_cross_entropy(x, weight, targets, reduction)
     raise_if_any(reasons, "linear_cross_entropy", "reference", REMEDY)
-    return cross_entropy(x @ weight.mT, targets, ignore_index=ignore_index, reduction=reduction)
+    return cross_entropy(logits(x, weight), targets, ignore_index=ignore_index, reduction=reduction)

@@ -32,6 +32,7 @@ def calls_of(ops):
         "embedding": (lambda table: ops.embedding(ids, square, table), square),
         "dropout": (lambda x: ops.dropout(x, P, SEED), x),
         "dropout_add": (lambda x: ops.dropout_add(x, x, P, SEED), x),
+        "logits": (lambda weight: ops.logits(x, weight), square),
         "cross_entropy": (lambda x: ops.cross_entropy(x, targets), x),
         "linear_cross_entropy": (lambda weight: ops.linear_cross_entropy(x, weight, targets), square),
     }
@@ -99,6 +100,10 @@ def test_what_is_no_tensor_is_named(backend):
     assert reasons_of(ops.embedding, None, x, x) == (nothing.format("tokens"),)
     assert reasons_of(ops.causal_attention, None) == (nothing.format("qkv"),)
     assert reasons_of(ops.decode_attention, x, None, x, x) == (nothing.format("k_cache"),)
+    assert reasons_of(ops.logits, x, None) == (nothing.format("weight"),)
+    assert reasons_of(ops.logits, x, x[:, :3]) == (
+        f"weight has shape {(len(x), 3)}; x (..., {x.shape[1]}) needs (V, {x.shape[1]})",
+    )
     assert reasons_of(ops.cross_entropy, x, None) == (nothing.format("targets"),)
     assert reasons_of(ops.linear_cross_entropy, x, x, None) == (nothing.format("targets"),)
 
@@ -191,6 +196,7 @@ def test_autocast_casts_what_it_casts_elsewhere_and_nothing_else(backend):
     with torch.autocast("cpu", torch.float16):
         assert set(whole) <= set(reasons_of(ops.linear_gelu, x.long(), weight, bias))
         assert set(whole) <= set(reasons_of(ops.linear_cross_entropy, x.long(), weight, targets))
+        assert ops.logits(x.bfloat16(), weight).dtype == torch.float16
         # what it is told of is what was given
         mixed = "weight is torch.float32 and x torch.float64; they must be of one dtype"
         assert mixed in reasons_of(ops.linear_gelu, x.double(), weight, bias)

@@ -56,6 +56,7 @@ CALLS: dict[str, list[tuple[Callable[..., Any], Arguments]]] = {
         (lambda *xs: reference.dropout_add(*xs, 0.5, 7), ((3, 5), (3, 5))),
         (lambda *xs: reference.dropout_add(*xs, 0.0, None), ((3, 5), (3, 5))),
     ],
+    "logits": [(reference.logits, ((2, 4, 3), (5, 3)))],
     "cross_entropy": [
         (lambda z, how=how: reference.cross_entropy(z, TARGETS, reduction=how), ((4, 5),))
         for how in ("mean", "sum", "none")

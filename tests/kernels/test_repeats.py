@@ -33,6 +33,12 @@ CASES = {
         lambda ops, logits, targets: ops.cross_entropy(logits * 1.0, targets, consume=True),
         lambda: [normal(2048, 50_257), words(2048)],
     ),
+    "logits and their loss": (
+        lambda ops, x, weight, targets: ops.cross_entropy(
+            ops.logits(x, weight), targets, consume=True, expected_gradient=1.0
+        ),
+        lambda: [normal(2048, 768), normal(50_257, 768), words(2048)],
+    ),
     "linear cross-entropy": (
         lambda ops, *xs: ops.linear_cross_entropy(*xs),
         lambda: [normal(8192, 768), normal(50_257, 768), words(8192)],

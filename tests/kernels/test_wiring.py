@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+# of this name the package holds the function
+logits_file = importlib.import_module("fastgpt_kernels.torch_ops.logits")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = pytest.mark.gpu
 P, SEEDS = 0.3, (2**40 + 7, 5)
@@ -81,6 +84,19 @@ CASES = {
     "dropout": Case(lambda ops, seed, x: ops.dropout(x, P, seed), lambda n: normal((n, 33)), drops=True),
     "dropout_add": Case(
         lambda ops, seed, *tensors: ops.dropout_add(*tensors, P, seed), lambda n: normal((n, 33), (n, 33)), drops=True
+    ),
+    "logits": Case(lambda ops, seed, *xs: ops.logits(*xs), lambda n: normal((n, 16), (41, 16)), products=True),
+    "logits, padded": Case(
+        lambda ops, seed, *xs: logits_file.padded_logits(*xs),
+        lambda n: normal((2, n, 16), (41, 16)),
+        products=True,
+    ),
+    "logits, padded, consumed by cross_entropy in one pass": Case(
+        lambda ops, seed, x, weight, targets: ops.cross_entropy(
+            logits_file.padded_logits(x, weight), targets, consume=True, expected_gradient=1.0
+        ),
+        lambda n: [*normal((n, 16), (41, 16)), below(41, n)],
+        products=True,
     ),
     "cross_entropy": Case(
         lambda ops, seed, logits, targets: ops.cross_entropy(logits, targets),

@@ -11,6 +11,7 @@ from fastgpt_kernels.torch_ops.embedding import embedding
 from fastgpt_kernels.torch_ops.gelu import bias_gelu, gelu, linear_gelu
 from fastgpt_kernels.torch_ops.layernorm import add_layer_norm, layer_norm
 from fastgpt_kernels.torch_ops.linear_cross_entropy import linear_cross_entropy
+from fastgpt_kernels.torch_ops.logits import logits
 
 __all__ = [
     "add_layer_norm",
@@ -25,4 +26,5 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_gelu",
+    "logits",
 ]
