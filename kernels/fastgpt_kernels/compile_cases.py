@@ -88,6 +88,11 @@ class Case(NamedTuple):
     spill_budget: int | None = 0  # None: without limit
     instruction: str = ""  # must be in the assembly
 
+    @property
+    def is_candidate(self) -> bool:
+        """Whether these are tiles of attention that its table has beside the chosen ones."""
+        return self.operation == "attention" and self.tiles is not None
+
 
 def cases() -> Iterator[Case]:
     """Everything that is compiled."""

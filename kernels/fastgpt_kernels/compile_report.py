@@ -348,6 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", nargs="+", default=[], help="only cases with all of these words: D=64 plain bfloat16")
     parser.add_argument("--gate", action="store_true", help="only the cases that CI compiles")
+    parser.add_argument(
+        "--candidates", action="store_true", help="only attention's tiles that may be chosen and are not"
+    )
     parser.add_argument("--jobs", type=positive_integer, default=1, help="processes")
     parser.add_argument("--json", type=file_to_write, help="also write the rows to this file")
     parser.add_argument("--markdown", type=file_to_write, help="write the page of docs to this file; with --gate")
@@ -370,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if case.operation in options.operations
         and case.arch in (None, arch)
         and (case.gate or not options.gate)
+        and (case.is_candidate or not options.candidates)
         and set(options.only) <= {*case.size.split(), str(case.dtype).removeprefix("torch.")}
     ]
     start = time.perf_counter()

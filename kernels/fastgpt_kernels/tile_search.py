@@ -176,9 +176,10 @@ def chosen(line: Entry, known: Iterable[Finding]) -> Entry:
         (candidate for candidate in order if seen.get(candidate) == tritons and candidate not in invalid),
         key=lambda candidate: (spills[candidate], order.index(candidate)),
     )
-    # beside it, those that spill least as far as is known, and then those that nobody has compiled
+    # beside it, those that spill least, first of those that every Triton has compiled, last of those that none has
     rest = sorted(
-        (c for c in order if c != best and c not in invalid), key=lambda c: (c not in spills, spills.get(c, 0))
+        (c for c in order if c != best and c not in invalid),
+        key=lambda c: (len(tritons - seen.get(c, set())), spills.get(c, 0)),
     )
     candidates = sorted([best, *rest[: CANDIDATES - 1]], key=order.index)
     return line._replace(candidates=tuple(candidates), chosen=candidates.index(best), spill_budget=spills[best])

@@ -93,6 +93,24 @@ def test_no_kernel_without_a_table_spills_at_any_size_and_dtype(tmp_path):
     assert {row.dtype for row in rows} == {"float32", "float16", "bfloat16"}
 
 
+@pytest.mark.slow
+def test_every_tile_that_may_be_chosen_compiles_and_fits(tmp_path):
+    rows = compile_kernels(tmp_path / "report.json", "--candidates", "--jobs", "2")
+    expected = sum(len(entry.candidates) - 1 for entry in tiles.entries())
+    assert len(rows) == expected >= 2 * len(tiles.entries())
+    assert not any(row.tiles in chosen_of(row) for row in rows)
+
+
+def chosen_of(row: Compiled) -> set[str]:
+    """The tiles in use for a row's kernel, architecture, size and dtype."""
+    bits, variant = (32 if row.dtype == "float32" else 16), row.size.partition(" ")[2]
+    head_size = int(row.size.partition(" ")[0].removeprefix("D="))
+    kernel = row.kernel.partition(".")[2].removesuffix("_kernel")
+    entry = tiles.entry_for(kernel, row.arch, bits, head_size, variant != "plain")
+    M, N, warps, stages = entry.tiles
+    return {f"{M}x{N} w{warps} s{stages}"}
+
+
 def test_a_kernel_that_spills_or_does_not_compile_is_a_fault(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(AWKWARD_KERNELS)
