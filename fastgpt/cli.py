@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import fastgpt
-from fastgpt.errors import SharedError, UserError, did_you_mean
+from fastgpt.errors import RankLost, SharedError, UserError, did_you_mean
 
 COMMANDS = ("train", "prepare", "generate", "bench")
 BENCHMARKS = ("step",)
@@ -157,12 +157,13 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from fastgpt.launch import Launch, engine_kind
+    from fastgpt.launch import engine_kind
+    from fastgpt.launchers import find_launch
     from fastgpt.settings import load_config
 
     try:
         config = load_config(options.config, options.overrides)
-        engine_kind(config, Launch.from_environment())
+        engine_kind(config, find_launch())
     except UserError as problem:
         raise SharedError(str(problem)) from None
 
@@ -171,6 +172,9 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         run(config, must_resume=options.resume)
+    except RankLost as problem:
+        print(f"fastgpt: error on rank {_rank()}: {problem}", file=sys.stderr)
+        return 1
     except Interrupted as stop:
         if _rank() == 0:
             print(f"stopped by {stop}", file=sys.stderr)
@@ -243,8 +247,14 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _rank() -> int:
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isdecimal() else 0
+    """This process's among those of its run; 0 where the launcher cannot be understood, which is told as it is."""
+    from fastgpt.launchers import find_launch
+
+    try:
+        launch = find_launch()
+    except UserError:
+        return 0
+    return launch.rank if launch else 0
 
 
 def _log_to_stderr() -> None:

@@ -1,45 +1,10 @@
-"""How this process was started: by itself, or as one of several by torchrun or the `deepspeed` launcher."""
+"""The engine that a launch asks for."""
 
-import os
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from fastgpt.config import Config
 from fastgpt.errors import UserError
-
-
-class Launch(NamedTuple):
-    """Who this process is, as its launcher says in the environment (torchrun and `deepspeed` set the same names)."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def from_environment(cls) -> "Launch | None":
-        """What the launcher said, or None where no launcher started this process."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return None
-        world_size = _number("WORLD_SIZE", least=1)
-        # the `deepspeed` launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
-        local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), None)
-        return cls(
-            rank=_number("RANK"),
-            world_size=world_size,
-            local_rank=_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0,
-            local_world_size=_number(local, least=1) if local else world_size,
-        )
-
-
-def _number(variable: str, least: int = 0) -> int:
-    """An environment variable that a launcher sets."""
-    text = os.environ[variable]
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"the environment variable {variable} must be an integer of at least {least}, not '{text}'")
-    return int(text)
-
-
-ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
+from fastgpt.launchers import Launch
 
 
 def engine_kind(config: Config, launch: Launch | None) -> Literal["single", "deepspeed"]:

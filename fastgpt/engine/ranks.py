@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fastgpt.errors import SharedError, UserError
-from fastgpt.launch import ALONE, Launch
+from fastgpt.launchers import ALONE, LOOPBACK, Launch
 
 
 class Ranks:
@@ -98,19 +98,42 @@ class Ranks:
 
 
 def join(launch: Launch, device: torch.device, timeout_minutes: int) -> Ranks:
-    """Join the run's process group (gloo on a CPU, NCCL on GPUs) and return its ranks."""
+    """Join the run's process group (gloo on a CPU, NCCL on GPUs) and return its ranks.
+
+    Raises:
+        UserError: the ranks did not find each other.
+    """
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if "MASTER_PORT" not in os.environ:
-            os.environ["MASTER_PORT"] = str(_free_port())
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-        )
+        _tell_libraries(launch)
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timedelta(minutes=timeout_minutes),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (dist.DistStoreError, dist.DistNetworkError) as problem:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = str(problem).strip().partition("\n")[0]
+            raise UserError(
+                f"the {launch.world_size} ranks did not meet at {address} (MASTER_ADDR, MASTER_PORT): {reason}"
+            ) from problem
     return Ranks(launch)
+
+
+def _tell_libraries(launch: Launch) -> None:
+    """What PyTorch and DeepSpeed look for in the environment, where the launcher has other names for it or none."""
+    known = {
+        "MASTER_ADDR": launch.master or LOOPBACK,
+        "MASTER_PORT": str(launch.port or _free_port()),
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.world_size),
+        "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_WORLD_SIZE": str(launch.local_world_size),
+    }
+    for variable, value in known.items():
+        os.environ.setdefault(variable, value)
 
 
 def leave() -> None:

@@ -16,11 +16,13 @@ from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import ShardSource
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
+from fastgpt.engine.lost import told_of_lost_ranks
 from fastgpt.engine.precision import resolve_device
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.errors import SharedError, UserError
-from fastgpt.launch import ALONE, Launch, engine_kind
+from fastgpt.launch import engine_kind
+from fastgpt.launchers import ALONE, find_launch
 from fastgpt.load import save_model
 from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
 from fastgpt.model.seeds import fold
@@ -32,6 +34,7 @@ from fastgpt.train.folder import Plan, RunLock, keep_resolved, plan, save_config
 from fastgpt.train.hardware import peak_flops
 from fastgpt.train.loop import train
 from fastgpt.train.recorder import Recorder
+from fastgpt.train.runner import follow_runner
 from fastgpt.train.saver import Saver
 from fastgpt.train.start import set_up
 from fastgpt.train.summary import summarise
@@ -54,9 +57,10 @@ def run(config: Config, *, must_resume: bool = False) -> Path:
 
     Raises:
         UserError: something that the user can mend.
+        RankLost: another rank is gone.
         Interrupted: a signal ended the run; its checkpoint is written.
     """
-    launch = Launch.from_environment()
+    launch = find_launch()
     kind = engine_kind(config, launch)
     launch = launch or ALONE
     if ":" in config.engine.device and launch.local_world_size > 1:
@@ -66,9 +70,12 @@ def run(config: Config, *, must_resume: bool = False) -> Path:
     device = resolve_device(config.engine.device, launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
+    if launch.launcher == "deepspeed":
+        follow_runner()
     ranks = join(launch, device, config.engine.timeout_minutes) if kind == "deepspeed" else Ranks()
     try:
-        return _Run(config, kind, device, ranks, must_resume=must_resume).go()
+        with told_of_lost_ranks():
+            return _Run(config, kind, device, ranks, must_resume=must_resume).go()
     except UnsupportedInput as problem:
         raise UserError(f"kernels.backend: {' '.join(str(problem).split())}") from problem
     finally:

@@ -22,7 +22,7 @@ from fastgpt.engine.base import Engine
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
-from fastgpt.launch import Launch
+from fastgpt.launchers import find_launch
 from fastgpt.model.gpt import GPT
 
 LOSS = importlib.import_module("fastgpt_kernels.torch_ops.cross_entropy")
@@ -127,7 +127,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    launch = Launch.from_environment()
+    launch = find_launch()
     ranks = join(launch, torch.device("cpu"), 5) if launch else Ranks()
     scenarios = json.loads(Path(sys.argv[1]).read_text())
     results = {s["name"]: run(s, ranks) for s in scenarios}
