@@ -87,6 +87,8 @@ def check_available(name: str, job: Job) -> None:
         Unavailable: with the reason.
     """
     config, gpu = job.config, job.device.type == "cuda"
+    if config.model.attention != "dense" and name not in OURS:
+        raise Unavailable("it has no windows in its attention")
     if name == "reference" and (not gpu or load_ops(config.kernels.backend).name != "triton"):
         raise Unavailable("ours runs PyTorch's operations already")
     if name in ("plain-compile-cudnn", "liger") and not gpu:

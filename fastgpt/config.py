@@ -25,6 +25,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+# Sizes in table 2.1 of "Language Models are Few-Shot Learners" that cannot be: (n_head, n_embd) -> what must be meant.
+MISPRINTS = {
+    (24, 2048): "The GPT-3 paper prints 24 heads of 128 for its 1.3B model, but 24 x 128 is 3072: use 16 heads",
+    (40, 5140): "The GPT-3 paper prints a width of 5140 for its 13B model, but its 40 heads of 128 make 5120",
+}
+
+
 class ModelConfig(Section):
     """The shape of a GPT: `norm: post` is GPT-1's block, `norm: pre` GPT-2's."""
 
@@ -35,15 +42,33 @@ class ModelConfig(Section):
     vocab_size: Annotated[int, Field(ge=1, le=2**22)]
     norm: Literal["pre", "post"] = "pre"
     dropout: Probability = 0.0
+    attention: Literal["dense", "alternating"] = "dense"
+    """`alternating` is GPT-3's: dense in every other layer from the first, within `window` in those between."""
+    window: Positive | None = None
+    """Positions that one reads in a banded layer, itself and those just before it; for `attention: alternating`."""
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer's attention, counting layers from 0; None where attention is dense."""
+        return self.window if layer % 2 else None
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> "ModelConfig":
         if self.n_embd % self.n_head:
             multiple = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            advice = MISPRINTS.get((self.n_head, self.n_embd), f"The nearest is {multiple}")
+            raise broken("n_embd", f"must be a multiple of model.n_head ({self.n_head}), not {self.n_embd}. {advice}")
+        return self
+
+    @model_validator(mode="after")
+    def _banded_layers_have_a_window(self) -> "ModelConfig":
+        if self.attention == "alternating" and self.window is None:
+            raise broken("window", f"must be an integer of 1 to {self.context} where model.attention is alternating")
+        if self.attention == "dense" and self.window is not None:
             raise broken(
-                "n_embd",
-                f"must be a multiple of model.n_head ({self.n_head}), not {self.n_embd}. The nearest is {multiple}",
+                "window", f"is {self.window}, but model.attention is dense: leave it out, or use attention: alternating"
             )
+        if self.window is not None and self.window > self.context:
+            raise broken("window", f"must be at most model.context ({self.context}), not {self.window}")
         return self
 
 

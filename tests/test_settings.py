@@ -102,6 +102,32 @@ IN_FILE = {
         GOOD.replace("n_embd: 32", "n_embd: 33"),
         ":5: model.n_embd must be a multiple of model.n_head (2), not 33. The nearest is 32",
     ),
+    "the paper's heads of a GPT-3 of 1.3B": (
+        GOOD.replace("n_head: 2", "n_head: 24").replace("n_embd: 32", "n_embd: 2048"),
+        ":5: model.n_embd must be a multiple of model.n_head (24), not 2048. The GPT-3 paper prints 24 heads of 128 "
+        "for its 1.3B model, but 24 x 128 is 3072: use 16 heads",
+    ),
+    "the paper's width of a GPT-3 of 13B": (
+        GOOD.replace("n_head: 2", "n_head: 40").replace("n_embd: 32", "n_embd: 5140"),
+        ":5: model.n_embd must be a multiple of model.n_head (40), not 5140. The GPT-3 paper prints a width of 5140 "
+        "for its 13B model, but its 40 heads of 128 make 5120",
+    ),
+    "bands without a width": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  attention: alternating"),
+        ":2: model.window must be an integer of 1 to 16 where model.attention is alternating",
+    ),
+    "a width without bands": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  window: 4"),
+        ":4: model.window is 4, but model.attention is dense: leave it out, or use attention: alternating",
+    ),
+    "a band wider than the context": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  attention: alternating\n  window: 17"),
+        ":5: model.window must be at most model.context (16), not 17",
+    ),
+    "a slip in a pattern": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  attention: alternate"),
+        ":4: model.attention must be one of dense, alternating, not 'alternate'. Did you mean alternating?",
+    ),
     "a batch that is not whole": (
         GOOD.replace("batch_tokens: 64", "batch_tokens: 65"),
         ":12: train.batch_tokens must be a multiple of train.micro_batch_size x model.context (2 x 16 = 32), not 65",

@@ -17,11 +17,11 @@ class PreNormBlock(nn.Module):
     n = x + dropout(attention(norm_1(x)))    h = n + dropout(mlp(norm_2(n)))    x, n, h (B, T, N)
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, window: int | None = None) -> None:
         super().__init__()
         self.ops = ops
         self.norm_1 = LayerNorm(config.n_embd, ops)
-        self.attention = CausalSelfAttention(config, ops)
+        self.attention = CausalSelfAttention(config, ops, window)
         self.norm_2 = AddLayerNorm(config.n_embd, ops)
         self.mlp = MLP(config, ops)
 
@@ -38,10 +38,10 @@ class PostNormBlock(nn.Module):
     n = norm_1(x + dropout(attention(x)))    h = norm_2(n + dropout(mlp(n)))    x, n, h (B, T, N)
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, window: int | None = None) -> None:
         super().__init__()
         self.norm_1 = AddLayerNorm(config.n_embd, ops)
-        self.attention = CausalSelfAttention(config, ops)
+        self.attention = CausalSelfAttention(config, ops, window)
         self.norm_2 = AddLayerNorm(config.n_embd, ops)
         self.mlp = MLP(config, ops)
 

@@ -32,7 +32,7 @@ class GPT(nn.Module):
         self.token_embedding = TiedEmbedding(config.vocab_size, config.n_embd, ops)
         self.position_embedding = PositionEmbedding(config.context, config.n_embd)
         block = PreNormBlock if config.norm == "pre" else PostNormBlock
-        self.blocks = nn.ModuleList(block(config, ops) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(block(config, ops, config.window_of(layer)) for layer in range(config.n_layer))
         self.final_norm = LayerNorm(config.n_embd, ops) if config.norm == "pre" else nn.Identity()
 
     def forward(
@@ -150,9 +150,10 @@ def flops_per_token(config: ModelConfig) -> int:
 
     N counts the weights that take part in a matrix product, 12 C^2 in each of L blocks and the V x C output matrix: not
     the input side of the token table, nor positions, biases and norms. 12 L C T is attention over T positions in full,
-    without the half that causality saves (Chowdhery et al. 2022, "PaLM", appendix B). What activation checkpointing
-    computes twice counts once.
+    without the half that causality saves (Chowdhery et al. 2022, "PaLM", appendix B); a banded layer counts its window
+    in the place of T. What activation checkpointing computes twice counts once.
     """
     layers, width = config.n_layer, config.n_embd
     matrices = layers * 12 * width * width + config.vocab_size * width
-    return 6 * matrices + 12 * layers * width * config.context
+    positions = sum(config.window_of(layer) or config.context for layer in range(layers))
+    return 6 * matrices + 12 * width * positions

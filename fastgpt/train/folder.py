@@ -27,6 +27,8 @@ _FIXED = (
     "model.context",
     "model.vocab_size",
     "model.norm",
+    "model.attention",
+    "model.window",
     "train.seed",
     "train.batch_tokens",
 )

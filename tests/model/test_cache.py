@@ -29,15 +29,23 @@ def text_of(model: GPT, batch: int = 1, length: int = 30) -> Tensor:
 
 
 @pytest.fixture
-def twins(model: GPT, dtype: torch.dtype) -> tuple[GPT, GPT]:
+def twins(
+    config_of: Callable[..., ModelConfig],
+    scramble: Callable[[GPT], GPT],
+    norm: str,
+    window: int | None,
+    dtype: torch.dtype,
+) -> tuple[GPT, GPT]:
     """A model in a dtype, and the reference of the same rounded weights in float64."""
-    low = model.to(dtype).eval()
+    banded = {"attention": "alternating", "window": window} if window else {}
+    model = scramble(build_model(config_of(norm=norm, **banded), load_ops("torch"))).to(dtype).eval()
     exact = GPT(model.config, load_ops("reference")).double().eval()
-    exact.load_state_dict(low.state_dict())
-    return low, exact
+    exact.load_state_dict(model.state_dict())
+    return model, exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("prompt", [1, 5, 12, 13, 17])
 @torch.no_grad()
 def test_logits_with_a_cache_are_as_close_to_float64_as_twice_those_without(
@@ -64,6 +72,20 @@ def test_greedy_text_with_a_cache_is_that_without(model: GPT, prompt: int) -> No
     ids = text_of(model)[0, :prompt].tolist()
     plain = generate(lambda window: model(window, last_only=True), ids, steps=30, context=13, temperature=0)
     assert list(generate(cached(model), ids, steps=30, context=13, temperature=0)) == list(plain)
+
+
+def test_a_banded_layer_reads_its_window_of_the_cache(config_of: Callable[..., ModelConfig]) -> None:
+    read: list[tuple[int, ...]] = []
+
+    def decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        read.append(tuple(lengths.tolist()))
+        return ops.decode_attention(q, keys, values, lengths)
+
+    ops = load_ops("torch")
+    config = config_of(attention="alternating", window=4)
+    model = build_model(config, ops._replace(decode_attention=decode)).eval()
+    list(generate(cached(model), [1, 2], steps=6, context=13, temperature=0))
+    assert read == [(3,), (3,), (4,), (4,), (5,), (4,), (6,), (4,), (7,), (4,)]
 
 
 def test_a_token_is_computed_once_until_the_window_slides(model: GPT) -> None:
