@@ -100,6 +100,8 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "gpt1", "constant"] = "cosine"
     warmup_steps: NotNegative = 0
     """Updates of linear warm-up; a run that ends before has only begun to warm up, as a trial of a long run does."""
+    decay_steps: Positive | None = None
+    """Update at which `cosine` has come down to `min_lr`, where it stays; null is the last."""
     optimizer: Literal["adamw", "gpt1"] = "adamw"
     """`gpt1` is the Adam of the code published with GPT-1: its bias correction takes in the decay, and not eps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -172,6 +174,12 @@ class Config(Section):
                 f"must be a multiple of train.micro_batch_size x model.context ({self.train.micro_batch_size} x "
                 f"{self.model.context} = {unit}), not {self.train.batch_tokens}. The nearest is {multiple}",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_cosine_decays_early(self) -> "Config":
+        if self.train.decay_steps is not None and self.train.schedule != "cosine":
+            raise broken("train.decay_steps", f"is for train.schedule: cosine, not {self.train.schedule}")
         return self
 
     @model_validator(mode="after")
