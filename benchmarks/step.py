@@ -29,8 +29,8 @@ from benchmarks.step_process import ContenderFailed, Process, TimeIsOver
 from fastgpt.config import Config
 from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
-from fastgpt.model.gpt import flops_per_token, parameter_count
 from fastgpt.settings import load_config
+from fastgpt.sizes import flops_per_token, parameter_count
 
 ROUNDS = 10
 SPLIT_EVERY = 3  # rounds

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import json
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from typing import NoReturn
 import fastgpt
 from fastgpt.errors import SharedError, UserError, did_you_mean
 
-COMMANDS = ("train", "prepare", "generate", "bench")
+COMMANDS = ("train", "prepare", "generate", "plan", "bench")
 BENCHMARKS = ("step",)
 
 EPILOG = """\
@@ -24,6 +25,7 @@ examples:
   deepspeed --num_gpus 8 --module fastgpt train configs/gpt2-1558m.yaml
   torchrun --nproc-per-node 8 -m fastgpt train configs/gpt2-1558m.yaml
   fastgpt generate runs/quickstart --prompt 'def main'
+  fastgpt plan configs/gpt2-1558m.yaml --gpus 8 --gpu h100
 """
 
 
@@ -82,6 +84,20 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--samples", type=int, default=1, help="how many texts (default: %(default)s)")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     generate.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
+
+    plan = commands.add_parser("plan", help="what a run needs, how fast it goes and what it costs, without a GPU")
+    plan.add_argument("config", help="a YAML file of settings")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    plan.add_argument("--gpus", type=int, default=8, help="how many (default: %(default)s)")
+    plan.add_argument("--gpu", default="h100", help="which: h100, h200, a100-80, rtx4090 ... (default: %(default)s)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    plan.add_argument("--network", type=float, metavar="GB/s", help="of each GPU to other nodes, in one direction")
+    plan.add_argument("--tokens", type=float, help="of the run (default: what the settings ask for)")
+    plan.add_argument("--price", type=float, metavar="USD", help="of a GPU-hour")
+    plan.add_argument("--disk", type=float, default=2.0, metavar="GB/s", help="that a node writes (default: 2)")
+    plan.add_argument("--host-memory", type=float, metavar="GB", help="of the host, for each GPU, to offload to")
+    plan.add_argument("--as-configured", action="store_true", help="plan the settings as they are, not the best ones")
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
     bench = commands.add_parser("bench", help="measure, beside what else there is")
     benchmarks = bench.add_subparsers(dest="benchmark", metavar="benchmark", required=True, parser_class=_Parser)
@@ -142,13 +158,14 @@ def _run(words: list[str]) -> int:
         parser().print_help()
         return 2
     _log_to_stderr()
-    return {"train": _train, "prepare": _prepare, "generate": _generate, "bench": _bench}[options.command](options)
+    run = {"train": _train, "prepare": _prepare, "generate": _generate, "plan": _plan, "bench": _bench}
+    return run[options.command](options)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
     # options between the settings end argparse's list of them early: what is left over are settings too
     options, rest = parser().parse_known_args(words)
-    wrong = [w for w in rest if w.startswith("-") or options.command not in ("train", "bench")]
+    wrong = [w for w in rest if w.startswith("-") or options.command not in ("train", "plan", "bench")]
     if wrong:
         raise UserError(f"fastgpt {options.command or ''}: {wrong[0]} is not an argument; see --help")
     if rest:
@@ -214,6 +231,27 @@ def _generate(options: argparse.Namespace) -> int:
         device=options.device,
         backend=options.backend,
     )
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fastgpt.plan.planner import Request, make_plan
+    from fastgpt.plan.report import as_json, as_text
+    from fastgpt.settings import load_config
+
+    request = Request(
+        options.gpus,
+        options.gpu,
+        per_node=options.gpus_per_node,
+        network=None if options.network is None else options.network * 1e9,
+        tokens=options.tokens,
+        price=options.price,
+        disk=options.disk * 1e9,
+        host=None if options.host_memory is None else options.host_memory * 1e9,
+        as_configured=options.as_configured,
+    )
+    plan = make_plan(load_config(options.config, options.overrides), request)
+    print(json.dumps(as_json(plan), indent=1) if options.json else as_text(plan))
     return 0
 
 

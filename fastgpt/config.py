@@ -14,6 +14,10 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+# tokens of the first batches of GPT-3 ("Language Models are Few-Shot Learners", appendix B)
+RAMP_START = 32_768
+
+
 def broken(key: str, message: str) -> PydanticCustomError:
     """The error of a check over several settings, to be reported at `key` (relative to its section)."""
     return PydanticCustomError("broken_setting", "{message}", {"key": key, "message": message})
@@ -93,6 +97,10 @@ class TrainConfig(Section):
     steps: Annotated[int, Field(ge=1, le=10**9)]
     batch_tokens: Annotated[int, Field(ge=1, le=2**31)]
     """Tokens of one update, over all ranks and accumulation steps."""
+    batch_ramp_tokens: Positive | None = None
+    """Tokens over which the batch grows to `batch_tokens`, linearly in the tokens seen; null has it full at once."""
+    batch_ramp_start: Positive | None = None
+    """Tokens of the first update of a ramp, and of each step that it grows by; null is GPT-3's 32,768."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Sequences of one forward pass on one rank."""
     lr: Annotated[float, Field(gt=0)]
@@ -161,8 +169,15 @@ class Config(Section):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one update, over all ranks."""
+        """Micro-batches of one update, over all ranks; under a ramp, once it is over."""
         return self.train.batch_tokens // (self.train.micro_batch_size * self.model.context)
+
+    @property
+    def smallest_batch_tokens(self) -> int:
+        """Tokens of the first update, over all ranks; those of the others are multiples of it."""
+        if self.train.batch_ramp_tokens is None:
+            return self.train.batch_tokens
+        return self.train.batch_ramp_start or RAMP_START
 
     @model_validator(mode="after")
     def _batch_is_whole(self) -> "Config":
@@ -173,6 +188,22 @@ class Config(Section):
                 "train.batch_tokens",
                 f"must be a multiple of train.micro_batch_size x model.context ({self.train.micro_batch_size} x "
                 f"{self.model.context} = {unit}), not {self.train.batch_tokens}. The nearest is {multiple}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ramp_is_of_whole_batches(self) -> "Config":
+        train, start = self.train, self.smallest_batch_tokens
+        if train.batch_ramp_tokens is None:
+            if train.batch_ramp_start is not None:
+                raise broken("train.batch_ramp_start", "is for a ramp: set train.batch_ramp_tokens, or leave it out")
+            return self
+        unit = train.micro_batch_size * self.model.context
+        if start % unit or train.batch_tokens % start:
+            raise broken(
+                "train.batch_ramp_start",
+                f"must be a multiple of train.micro_batch_size x model.context ({unit}) that divides "
+                f"train.batch_tokens ({train.batch_tokens}), not {start}",
             )
         return self
 

@@ -22,8 +22,9 @@ from fastgpt.config import ModelConfig
 from fastgpt.data.source import RandomSource
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.model.gpt import GPT, flops_per_token
+from fastgpt.model.gpt import GPT
 from fastgpt.settings import load_config
+from fastgpt.sizes import flops_per_token
 
 SETTINGS = """\
 out: runs/toy

@@ -7,6 +7,7 @@ import pytest
 from fastgpt.config import Config
 from fastgpt.errors import UserError
 from fastgpt.model import parameter_count
+from fastgpt.ramp import batch_tokens
 from fastgpt.settings import dump_config, known_settings, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
@@ -73,10 +74,12 @@ def test_a_shipped_gpt_3_is_that_of_the_paper(name: str) -> None:
 
 @pytest.mark.parametrize("name", GPT_3)
 def test_a_shipped_gpt_3_counts_the_papers_tokens_in_updates(name: str) -> None:
-    train = load_config(CONFIGS[0].parent / f"gpt3-{name}.yaml").train
+    config = load_config(CONFIGS[0].parent / f"gpt3-{name}.yaml")
+    train, sizes = config.train, batch_tokens(config)
     assert train.decay_steps is not None
     for steps, tokens in ((train.warmup_steps, 375e6), (train.decay_steps, 260e9), (train.steps, 300e9)):
-        assert steps * train.batch_tokens == pytest.approx(tokens, abs=train.batch_tokens)
+        assert sizes.before(steps + 1) == pytest.approx(tokens, abs=train.batch_tokens)
+    assert train.batch_ramp_tokens in (4e9, 8e9, 12e9)
 
 
 def test_scientific_notation_without_a_point_is_a_number(good: Path) -> None:
@@ -166,6 +169,20 @@ IN_FILE = {
     "a batch that is not whole": (
         GOOD.replace("batch_tokens: 64", "batch_tokens: 65"),
         ":12: train.batch_tokens must be a multiple of train.micro_batch_size x model.context (2 x 16 = 32), not 65",
+    ),
+    "a ramp that starts with no whole batch": (
+        GOOD + "  batch_ramp_tokens: 500\n  batch_ramp_start: 48\n",
+        ":16: train.batch_ramp_start must be a multiple of train.micro_batch_size x model.context (32) that divides "
+        "train.batch_tokens (64), not 48",
+    ),
+    "a ramp that starts above its end": (
+        GOOD + "  batch_ramp_tokens: 500\n",
+        "train.batch_ramp_start must be a multiple of train.micro_batch_size x model.context (32) that divides "
+        "train.batch_tokens (64), not 32768",
+    ),
+    "a start without a ramp": (
+        GOOD + "  batch_ramp_start: 32\n",
+        ":15: train.batch_ramp_start is for a ramp: set train.batch_ramp_tokens, or leave it out",
     ),
     "a floor above the rate": (GOOD + "  min_lr: 1\n", ":15: train.min_lr must be at most train.lr"),
     "an early end of no cosine": (

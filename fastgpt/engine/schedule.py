@@ -14,6 +14,8 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     warm-up), read one update late, so that the first update has rate 0: the schedule of the code published with
     "Improving Language Understanding by Generative Pre-Training".
     `constant`: linear warm-up, then `lr`.
+
+    All count updates, not tokens: under a ramp of the batch an early update has fewer of these.
     """
     if train.schedule == "gpt1":
         done = step - 1

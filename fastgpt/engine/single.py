@@ -60,8 +60,10 @@ class SingleProcess:
         """
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
+        count = len(batch.micro_batches)
         losses = [
-            self._accumulate(tokens, index) for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
+            self._accumulate(tokens, index, count)
+            for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
         ]
         with self.phases("optimizer"):
             scale = self._scale.scale if self._scale else 1.0
@@ -116,11 +118,11 @@ class SingleProcess:
         if self._low:
             self._round_masters()
 
-    def _accumulate(self, tokens: npt.NDArray[np.int64], micro_batch: int) -> Tensor:
-        """Add one micro-batch's gradient to the masters'; returns its mean loss. tokens (B, T + 1)."""
+    def _accumulate(self, tokens: npt.NDArray[np.int64], micro_batch: int, count: int) -> Tensor:
+        """Add the gradient of one micro-batch of `count` to the masters'; returns its mean loss. tokens (B, T + 1)."""
         config = self._config
         self._model.train()
-        factor = (self._scale.scale if self._scale else 1.0) / config.micro_batches
+        factor = (self._scale.scale if self._scale else 1.0) / count
         with self.phases("data"):
             x = to_device(tokens, self._device)
         with self.phases("forward"):
@@ -133,7 +135,7 @@ class SingleProcess:
             )
         with self.phases("backward"):
             (loss * factor).backward()  # type: ignore[no-untyped-call]
-            if self._low and config.micro_batches > 1:
+            if self._low and count > 1:
                 self._add_up()
         return loss.detach()
 

@@ -79,7 +79,9 @@ class DeepSpeedZero:
         skipped, norm = self._engine.skipped_steps, math.nan
         losses = []
         self._engine.train()
+        self._accumulate_over(len(batch.tokens))
         for position, (tokens, index) in enumerate(zip(batch.tokens, batch.micro_batches, strict=True)):
+            self._engine.set_gradient_accumulation_boundary(position == len(batch.tokens) - 1)
             loss = self._loss(to_device(tokens, self._device), index)
             self._engine.backward(loss)
             if position == len(batch.tokens) - 1 and isinstance(self._layout, PlainLayout):
@@ -164,6 +166,16 @@ class DeepSpeedZero:
             loss_gradient=self._loss_gradient(),
         )
         return loss
+
+    def _accumulate_over(self, micro_batches: int) -> None:
+        """Let the coming update have so many micro-batches a rank, as the ramp of the batch asks.
+
+        The engine's own count of micro-batches, modulo their number, would lose the boundary of an update where that
+        number changes: each micro-batch is told whether it is the last one.
+        """
+        if micro_batches != self._engine.gradient_accumulation_steps():
+            ranks, size = self.ranks.world_size, self._config.train.micro_batch_size
+            self._engine.set_train_batch_size(micro_batches * size * ranks)
 
     def _loss_gradient(self) -> float | None:
         """What DeepSpeed's `backward` multiplies the loss by."""

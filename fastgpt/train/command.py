@@ -22,8 +22,10 @@ from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.errors import SharedError, UserError
 from fastgpt.launch import ALONE, Launch, engine_kind
 from fastgpt.load import save_model
-from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
+from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
+from fastgpt.ramp import batch_tokens, micro_batches
+from fastgpt.sizes import flops_per_token, parameter_count
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.corpus import prepare_corpus
 from fastgpt.train.display import Reporter, display_for
@@ -167,7 +169,7 @@ class _Run:
                     engine,
                     batches,
                     steps=config.train.steps,
-                    batch_tokens=config.train.batch_tokens,
+                    sizes=batch_tokens(config),
                     watchers=watchers,
                 )
         finally:
@@ -209,7 +211,7 @@ class _Run:
             shards,
             config.model.context,
             config.train.micro_batch_size,
-            config.micro_batches,
+            micro_batches(config),
             fold(config.train.seed, ORDER),
             self.ranks.rank,
             self.ranks.world_size,

@@ -31,6 +31,8 @@ _FIXED = (
     "model.window",
     "train.seed",
     "train.batch_tokens",
+    "train.batch_ramp_tokens",
+    "train.batch_ramp_start",
 )
 # These change nothing in what is computed.
 _NO_MATTER = (

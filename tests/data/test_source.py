@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import RandomSource, ShardSource, TokenSource
 from fastgpt.errors import UserError
+from fastgpt.ramp import BatchSizes
 
 WriteShards = Callable[..., TokenShards]
 
@@ -89,6 +90,25 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
 def test_the_size_of_a_micro_batch_does_not_change_the_samples_of_an_update(counting: TokenShards) -> None:
     wide, narrow = (take(ShardSource(counting, 6, *shape, seed=4), 9) for shape in ((8, 2), (2, 8)))
     np.testing.assert_array_equal(np.stack(wide).reshape(9, 16, 7), np.stack(narrow).reshape(9, 16, 7))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_growing_batches_read_one_sample_after_the_other_whatever_the_ranks(
+    counting: TokenShards, world_size: int
+) -> None:
+    plain = np.concatenate([batch.reshape(-1, 7) for batch in take(ShardSource(counting, 6, 3, 1, seed=4), 60)])
+    sizes, seen = BatchSizes(8, 2, 20), 0
+    sources = [ShardSource(counting, 6, 3, sizes, seed=4, rank=r, world_size=world_size) for r in range(world_size)]
+    for update, batches in enumerate(zip(*(islice(s.batches(0), 8) for s in sources), strict=True), 1):
+        count = sizes.of(update)
+        whole = np.empty((count, 3, 7), np.int64)
+        for batch in batches:
+            assert len(batch.micro_batches) == count // world_size
+            whole[list(batch.micro_batches)] = batch.tokens
+        np.testing.assert_array_equal(whole.reshape(-1, 7), plain[seen : seen + 3 * count])
+        seen += 3 * count
+    later = next(iter(ShardSource(counting, 6, 3, sizes, seed=4).batches(5)))
+    assert (later.step, len(later.micro_batches)) == (6, sizes.of(6))
 
 
 def test_micro_batches_that_cannot_be_dealt_evenly_are_refused(counting: TokenShards) -> None:

@@ -24,6 +24,7 @@ from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.launch import Launch
 from fastgpt.model.gpt import GPT
+from fastgpt.ramp import micro_batches
 
 LOSS = importlib.import_module("fastgpt_kernels.torch_ops.cross_entropy")
 VOCABULARY, CONTEXT, MICRO_BATCH, MICRO_BATCHES = 101, 16, 2, 4
@@ -93,7 +94,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     start = fingerprints(engine)
     before = engine.last_logits(probe[:, :7])
     source = RandomSource(
-        VOCABULARY, CONTEXT, MICRO_BATCH, config.micro_batches, 7, ranks.rank, ranks.world_size
+        VOCABULARY, CONTEXT, MICRO_BATCH, micro_batches(config), 7, ranks.rank, ranks.world_size
     ).batches(engine.step)
     updates = []
     with mock.patch.object(LOSS, "rescale_gradient", wraps=LOSS.rescale_gradient) as backward:
@@ -114,6 +115,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {
         "start": start,
         "updates": updates,
+        "micro_batches": [micro_batches(config).of(update["step"]) for update in updates],
         "loss_gradients": gradients,
         "first_forward": first,
         "last_forward": engine.evaluation_loss(probe, probe),
