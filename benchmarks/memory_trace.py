@@ -86,16 +86,17 @@ def trace_step(config: Config) -> Traced:
     precision = "bf16" if config.engine.precision == "fp16" else config.engine.precision
     micro_batches = min(MICRO_BATCHES, config.micro_batches)
     tree = config.model_dump()
+    tree["train"]["batch_ramp_tokens"] = None
     tree["train"]["batch_tokens"] = micro_batches * config.train.micro_batch_size * config.model.context
     config = Config.model_validate(tree)
     shape = (micro_batches, config.train.micro_batch_size, config.model.context + 1)
-    batch = Batch(1, np.broadcast_to(np.int64(0), shape), tuple(range(micro_batches)))
+    tokens = np.broadcast_to(np.int64(0), shape)
     with _on_fakes(), FakeTensorMode(), LiveBytes() as count:
         engine = single.SingleProcess(lambda: _fake_model(config, DTYPES[precision]), config, precision, DEVICE)
         engine._optimizer.backend = "triton"
-        engine.update(batch)
+        engine.update(Batch(1, tokens[:1], (0,)))  # makes the moments
         count.peak = count.live
-        engine.update(batch)
+        engine.update(Batch(2, tokens, tuple(range(micro_batches))))
         return Traced(count.peak, count.live)
 
 

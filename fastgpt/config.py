@@ -100,7 +100,7 @@ class TrainConfig(Section):
     batch_ramp_tokens: Positive | None = None
     """Tokens over which the batch grows to `batch_tokens`, linearly in the tokens seen; null has it full at once."""
     batch_ramp_start: Positive | None = None
-    """Tokens of the first update of a ramp, and of each step that it grows by; null is GPT-3's 32,768."""
+    """Tokens of a ramp's first update and of each step that it grows by, at most `batch_tokens`; null is 32,768."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Sequences of one forward pass on one rank."""
     lr: Annotated[float, Field(gt=0)]
@@ -177,7 +177,7 @@ class Config(Section):
         """Tokens of the first update, over all ranks; those of the others are multiples of it."""
         if self.train.batch_ramp_tokens is None:
             return self.train.batch_tokens
-        return self.train.batch_ramp_start or RAMP_START
+        return min(self.train.batch_ramp_start or RAMP_START, self.train.batch_tokens)
 
     @model_validator(mode="after")
     def _batch_is_whole(self) -> "Config":
@@ -194,10 +194,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _ramp_is_of_whole_batches(self) -> "Config":
         train, start = self.train, self.smallest_batch_tokens
-        if train.batch_ramp_tokens is None:
-            if train.batch_ramp_start is not None:
-                raise broken("train.batch_ramp_start", "is for a ramp: set train.batch_ramp_tokens, or leave it out")
-            return self
         unit = train.micro_batch_size * self.model.context
         if start % unit or train.batch_tokens % start:
             raise broken(

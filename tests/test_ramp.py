@@ -64,6 +64,11 @@ def test_gpt_3_starts_with_32k_tokens_unless_told_otherwise() -> None:
     assert batch_tokens(load_config(CONFIGS / "quickstart.yaml", words)).of(1) == 32768
 
 
+def test_a_ramp_that_would_start_above_the_batch_has_it_full_at_once() -> None:
+    config = load_config(CONFIGS / "quickstart.yaml", ["train.batch_ramp_tokens=1000000"])
+    assert {batch_tokens(config).of(update) for update in (1, 2, 1000)} == {4096}
+
+
 def test_sums_agree_with_adding_up() -> None:
     sizes = BatchSizes(96, 8, 10_000)
     every = [sizes.of(update) for update in range(1, 500)]

@@ -175,15 +175,6 @@ IN_FILE = {
         ":16: train.batch_ramp_start must be a multiple of train.micro_batch_size x model.context (32) that divides "
         "train.batch_tokens (64), not 48",
     ),
-    "a ramp that starts above its end": (
-        GOOD + "  batch_ramp_tokens: 500\n",
-        "train.batch_ramp_start must be a multiple of train.micro_batch_size x model.context (32) that divides "
-        "train.batch_tokens (64), not 32768",
-    ),
-    "a start without a ramp": (
-        GOOD + "  batch_ramp_start: 32\n",
-        ":15: train.batch_ramp_start is for a ramp: set train.batch_ramp_tokens, or leave it out",
-    ),
     "a floor above the rate": (GOOD + "  min_lr: 1\n", ":15: train.min_lr must be at most train.lr"),
     "an early end of no cosine": (
         GOOD + "  decay_steps: 2\n  schedule: constant\n",

@@ -13,7 +13,7 @@ from fastgpt.plan.planner import Request, make_plan
 from fastgpt.sizes import parameter_count
 
 # of the real models' widths, with few layers: what is wrong in a block or outside them shows as well
-SHALLOW = "model.n_layer=3 train.micro_batch_size=4"
+SHALLOW = "model.n_layer=2 train.micro_batch_size=4"
 
 
 def error(config: Config) -> float:
