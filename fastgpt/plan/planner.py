@@ -101,9 +101,11 @@ def make_plan(config: Config, request: Request) -> Plan:
     checkpointing, with the largest micro-batch that fits. Offload is considered only where nothing fits without it.
 
     Raises:
-        UserError: a number out of its range, or an unknown GPU.
+        UserError: a number out of its range, an unknown GPU, or several for `engine.kind: single`.
     """
     _check(request)
+    if config.engine.kind == "single" and request.gpus > 1:
+        raise UserError(f"engine.kind: single runs on one GPU, not {request.gpus}; use engine.kind=auto, or --gpus 1")
     gpu = find_gpu(request.gpu)
     network = gpu.network if request.network is None else request.network
     interconnect = Interconnect(request.per_node, gpu.link, network)
@@ -156,7 +158,7 @@ def _fitting(config: Config, gpus: int, gpu: Gpu, offload: Offload) -> Iterator[
 def _stages(config: Config, gpus: int, offload: Offload) -> tuple[int, ...]:
     """The ZeRO stages to choose from; stage 0 only where it adds gradients up in fp32, as all others do."""
     if offload == "none":
-        if gpus == 1:
+        if gpus == 1 and config.engine.kind != "deepspeed":
             return (0,)
         return (0, 1, 2, 3) if precision_of(config) == "fp32" else (1, 2, 3)
     return (1, 2, 3) if offload == "optimizer" else (3,)

@@ -66,15 +66,16 @@ def results(
                 {**base, "name": f"{name}-half", "steps": MIDDLE, "write": state},
                 {**base, "name": f"{name}-resumed", "steps": END, "read": state},
                 {**base, "name": f"{name}-from-single", "steps": END, "read": str(folder / f"single-{precision}")},
-                {**base, "name": f"{name}-ramp", "steps": END, "overrides": ramp},
             ]
-    for stage in (1, 3):
-        grown = next(s for s in deepspeed if s["name"] == f"zero{stage}-bf16-ramp")
-        state = str(folder / grown["name"])
-        deepspeed += [
-            {**grown, "name": f"{grown['name']}-half", "steps": MIDDLE, "write": state},
-            {**grown, "name": f"{grown['name']}-resumed", "read": state},
-        ]
+            grown = {**base, "name": f"{name}-ramp", "steps": END, "overrides": ramp}
+            if precision == "fp32":
+                deepspeed.append(grown)
+            elif stage in (1, 3):
+                deepspeed += [
+                    grown,
+                    {**grown, "name": f"{name}-ramp-half", "steps": MIDDLE, "write": f"{state}-ramp"},
+                    {**grown, "name": f"{name}-ramp-resumed", "read": f"{state}-ramp"},
+                ]
     for precision in PRECISIONS:
         third = next(s for s in deepspeed if s["name"] == f"zero3-{precision}")
         deepspeed += [
@@ -124,7 +125,7 @@ def test_a_growing_batch_gives_the_losses_of_one_process(stage: int, results: Re
     assert largest_difference(one, two, "grad_norm") <= 1e-5
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", (1, 3))
 def test_so_it_does_in_bf16_but_for_its_rounding(stage: int, results: Results) -> None:
     rounding = largest_difference(results["single-fp32-ramp"], results["single-bf16-ramp"], "loss")
     assert largest_difference(results["single-bf16-ramp"], results[f"zero{stage}-bf16-ramp"], "loss") <= 2 * rounding

@@ -140,6 +140,7 @@ BAD = {
     "no tokens": (["--tokens", "0"], "--tokens is 0; it must be a number above 0"),
     "tokens that are no number": (["--tokens", "nan"], "--tokens is nan; it must be a number above 0"),
     "no node": (["--gpus-per-node", "0"], "--gpus-per-node is 0; it must be at least 1"),
+    "many GPUs for one process": (["engine.kind=single"], "engine.kind: single runs on one GPU, not 8"),
     "a slip in a setting": (["model.n_layers=3"], "model.n_layers is not a setting. Did you mean model.n_layer?"),
     "an option that does not exist": (["--gpuz", "3"], "--gpuz is not an argument"),
 }
