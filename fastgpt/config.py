@@ -107,6 +107,8 @@ class EngineConfig(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of each rank; null shares the cores between the ranks of this host."""
+    compile: bool = False
+    """Compile the blocks by torch.compile. The first update takes longer; the next start finds them compiled."""
     reduce_bucket_size: Positive = 500_000_000
     """Gradient elements that DeepSpeed reduces at once."""
     overlap_comm: bool = True

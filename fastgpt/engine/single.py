@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.host import to_device
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate
 from fastgpt.engine.phases import Phases, unobserved
@@ -36,6 +37,8 @@ class SingleProcess:
         self._device = device
         self._model = build().to(DTYPES[precision]).to(device)
         initialise(self._model, config.train.seed)
+        if config.engine.compile:
+            compile_blocks(self._model.blocks)
         self._weights = dict(self._model.named_parameters())
         self._low = precision != "fp32"
         # the master starts from the rounded weight, as it does under DeepSpeed

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.host import to_device
 from fastgpt.engine.layouts import PlainLayout, layout_of
@@ -59,6 +60,8 @@ class DeepSpeedZero:
             # takes over torch's process group, which ZeRO-3's sharded construction needs already
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
             self._model = self._build(build, deepspeed, settings)
+        if config.engine.compile:
+            self._compile(deepspeed)
         self._weights = dict(self._model.named_parameters())
         self._adam_step = 0
         shapes = {name: _shape(p) for name, p in self._weights.items()}
@@ -153,6 +156,13 @@ class DeepSpeedZero:
                 if self.ranks.rank == 0:
                     parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))
         return model
+
+    def _compile(self, deepspeed: Any) -> None:
+        """Compile the blocks, before DeepSpeed puts its hooks into the model."""
+        for block in self._model.blocks if self._stage == 3 else ():
+            # within a graph no module can gather its parameters: the block gathers all of them around it
+            deepspeed.utils.set_z3_leaf_module(block, True)
+        compile_blocks(self._model.blocks)
 
     def _loss(self, tokens: Tensor, micro_batch: int) -> Tensor:
         """Mean loss of one micro-batch, tokens (B, T + 1)."""

@@ -1,7 +1,6 @@
 """`fastgpt train`: from settings to a finished run."""
 
 import logging
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +34,7 @@ from fastgpt.train.recorder import Recorder
 from fastgpt.train.saver import Saver
 from fastgpt.train.start import set_up
 from fastgpt.train.summary import summarise
-from fastgpt.train.watchers import Guard, Watcher
+from fastgpt.train.watchers import FirstUpdate, Guard, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +159,9 @@ class _Run:
         peak = peak_flops(self.device)
         flops = flops_per_token(config.model)
         reporter = Reporter(self.display, config.train.steps, flops, peak and peak * self.ranks.world_size)
-        watchers: Sequence[Watcher] = (Guard(), recorder, reporter, evaluation, saver)
+        watchers: list[Watcher] = [Guard(), recorder, reporter, evaluation, saver]
+        if config.engine.compile:
+            watchers.append(FirstUpdate(config.train.batch_tokens))
         try:
             with saver.signals(), prefetch(source.batches(engine.step)) as batches:
                 train(
