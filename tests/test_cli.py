@@ -65,6 +65,7 @@ BAD_TRAIN = {
     "no such corpus": ("data.path=nowhere.txt", "nowhere.txt"),
     "no such tokenizer": ("data.tokenizer=nowhere", "nowhere"),
     "a context longer than the text": ("model.context=65536 train.batch_tokens=131072", "context"),
+    "a choice that is neither": ("engine.compile=maybe", "engine.compile must be true or false, not 'maybe'"),
     "a number of steps without end": ("train.steps=1000000000000000000000000000000", "train.steps must be"),
     "a word that is no setting": ("faster", "'faster' is not a setting of the form key.sub=value"),
     "an option that does not exist": ("--fast", "--fast is not an argument"),
