@@ -48,7 +48,9 @@ class Step(NamedTuple):
 
 STEPS = {
     "gpt2-124m": Step(
-        0.3, "ours,plain,plain-compile,plain-compile-cudnn,transformers,liger", "ours,plain,transformers"
+        0.3,
+        "ours,plain,plain-compile,plain-compile-cudnn,ours-compile,transformers,liger",
+        "ours,plain,transformers",
     ),
     "gpt2-355m": Step(0.16, "ours,plain-compile,plain-compile-cudnn"),
     "gpt2-774m": Step(0.2, "ours,plain-compile,plain-compile-cudnn"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import Unavailable
 from benchmarks.step_models import PlainGPT
+from benchmarks.step_worker import OURS
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending
@@ -27,7 +28,6 @@ from fastgpt.model.gpt import GPT
 from fastgpt.model.init import decays
 from fastgpt.train.start import set_up
 
-OURS = ("ours", "reference")
 # these start from our initial weights
 SAME_WEIGHTS = (*OURS, "plain", "plain-compile", "plain-compile-cudnn", "plain-fp32")
 ABOUT = {
@@ -36,6 +36,7 @@ ABOUT = {
     "plain": "plain PyTorch, bf16 autocast over fp32 weights",
     "plain-compile": "plain under torch.compile",
     "plain-compile-cudnn": "plain under torch.compile, SDPA by cuDNN",
+    "ours-compile": "ours with engine.compile",
     "plain-fp32": "plain PyTorch in fp32",
     "transformers": "GPT2LMHeadModel with SDPA, bf16 autocast",
     "liger": "transformers with Liger's layer norm and cross-entropy",
@@ -76,7 +77,8 @@ def defaults(device: str, peer_path: Path | None) -> list[str]:
     if device == "cpu":
         names = ["ours", "plain", "plain-compile", "plain-fp32", "transformers"]
         return names + (["nanogpt", "nanogpt-bf16", "nanogpt-bf16-compile"] if peer_path else [])
-    names = ["ours", "reference", "plain", "plain-compile", "plain-compile-cudnn", "transformers", "liger"]
+    names = ["ours", "reference", "plain", "plain-compile", "plain-compile-cudnn", "ours-compile"]
+    names += ["transformers", "liger"]
     return names + (["nanogpt-bf16", "nanogpt-bf16-compile"] if peer_path else [])
 
 
@@ -89,6 +91,8 @@ def check_available(name: str, job: Job) -> None:
     config, gpu = job.config, job.device.type == "cuda"
     if name == "reference" and (not gpu or load_ops(config.kernels.backend).name != "triton"):
         raise Unavailable("ours runs PyTorch's operations already")
+    if name == "ours-compile" and config.engine.compile:
+        raise Unavailable("ours is compiled already")
     if name in ("plain-compile-cudnn", "liger") and not gpu:
         raise Unavailable("it needs a GPU")
     for other, package in (("transformers", "transformers"), ("liger", "transformers"), ("liger", "liger_kernel")):
@@ -106,7 +110,7 @@ def check_available(name: str, job: Job) -> None:
 def load(name: str, job: Job) -> Trainer:
     """A contender, ready to train, in the process that is to be its own."""
     if name in OURS:
-        return Ours(job, reference=name == "reference")
+        return Ours(job, name)
     config = job.config
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -125,10 +129,12 @@ def load(name: str, job: Job) -> Trainer:
 class Ours:
     """`fastgpt train`, from its start to its engine."""
 
-    def __init__(self, job: Job, *, reference: bool) -> None:
+    def __init__(self, job: Job, name: str) -> None:
         tree = job.config.model_dump()
-        if reference:
+        if name == "reference":
             tree["kernels"]["backend"] = "torch"
+        if name == "ours-compile":
+            tree["engine"]["compile"] = True
         config = Config.model_validate(tree)
         config = set_up(config, job.device, threads=config.engine.threads)
         ops = load_ops(config.kernels.backend)

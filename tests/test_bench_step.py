@@ -13,7 +13,8 @@ import torch
 from fastgpt_kernels import load_ops
 
 import fastgpt.cli
-from benchmarks import goals, gpu, report, results, step, step_table
+from benchmarks import goals, gpu, report, results, step, step_contenders, step_table
+from benchmarks.contenders import Unavailable
 from benchmarks.step_contenders import ABOUT
 from benchmarks.step_models import PlainGPT
 from benchmarks.step_process import ContenderFailed, Process, TimeIsOver
@@ -358,6 +359,25 @@ def test_who_cannot_take_part_says_why(faked):
     assert reasons == {
         "reference": "ours runs PyTorch's operations already", "plain": None, "liger": "it needs a GPU",
     }  # fmt: skip
+
+
+def test_the_compiled_contender_is_ours_but_for_one_setting(toy, monkeypatch):
+    job = step.case_of(str(toy), (), None).job
+    prepared = []
+
+    def prepare(build, config, **_):
+        prepared.append(config)
+
+    monkeypatch.setattr(step_contenders, "set_up", lambda config, *_, **__: config.model_copy())
+    monkeypatch.setattr(step_contenders, "prepare", prepare)
+    for name in ("ours", "ours-compile"):
+        step_contenders.load(name, job)
+    plain, compiled = (config.model_dump() for config in prepared)
+    assert (plain["engine"].pop("compile"), compiled["engine"].pop("compile")) == (False, True)
+    assert plain == compiled
+    assert "ours-compile" in step_contenders.defaults("cuda", None)
+    with pytest.raises(Unavailable, match="ours is compiled already"):
+        step_contenders.check_available("ours-compile", job._replace(config=prepared[1]))
 
 
 def test_lines_of_a_part_are_what_the_results_read(faked, toy, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 from fastgpt_kernels import Backend, load_ops
 from torch._dynamo.utils import counters
 from torch._inductor.exc import CppCompileError
+from torch.autograd.graph import Node
 
 from fastgpt.config import Config
 from fastgpt.data.source import RandomSource
@@ -192,6 +193,35 @@ def test_a_resumed_run_repeats_every_bit_where_both_are_compiled(precision: str,
     resumed.read(tmp_path)
     assert train(resumed, 6) == updates[3:]
     assert digest(resumed) == digest(whole)
+
+
+@pytest.mark.slow
+def test_the_backward_keeps_parameters_and_no_views_of_them() -> None:
+    """ZeRO-3 lets go of what a parameter gathered by giving the parameter other memory; a view would hold it."""
+    engine = engine_of(settings(compile=True))
+    tokens = torch.arange(CONTEXT)[None]
+    loss = engine._model(tokens, targets=tokens, dropout_seed=1)
+    memory = {p.untyped_storage().data_ptr() for p in engine._model.blocks.parameters()}
+    kept = [
+        saved
+        for node in nodes_behind(loss)
+        if node.name() == "CompiledFunctionBackward"
+        for saved in cast(Any, node).saved_tensors
+        if saved is not None and saved.untyped_storage().data_ptr() in memory
+    ]
+    assert len(kept) >= 4 * len(engine._model.blocks), "the matrices, at the least"
+    assert [tuple(saved.shape) for saved in kept if not isinstance(saved, torch.nn.Parameter)] == []
+
+
+def nodes_behind(loss: torch.Tensor) -> set[Node]:
+    found: set[Node] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [behind for behind, _ in node.next_functions]
+    return found
 
 
 @pytest.mark.slow
