@@ -44,6 +44,8 @@ def _in_training(block: nn.Module, compiled: Callable[..., Any], plain: Callable
         except Exception as problem:
             if reason := _compilers_reason(problem):
                 raise UserError(f"engine.compile: the C++ compiler failed: {reason}. Mend it, or {REMEDY}") from problem
+            if isinstance(problem, torch._dynamo.exc.Unsupported):
+                plain(*arguments, **options)  # an operation that refuses its input says so in its own words
             raise
 
     return forward

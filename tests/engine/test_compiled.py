@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fastgpt_kernels import Backend, load_ops
+from fastgpt_kernels import Backend, UnsupportedInput, load_ops
 from torch._dynamo.utils import counters
 from torch._inductor.exc import CppCompileError
 from torch.autograd.graph import Node
@@ -154,6 +154,13 @@ def test_a_compiler_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_an_operation_that_refuses_its_input_says_so_itself(device: str, traced: None) -> None:
+    engine = engine_of(settings(compile=True, model__n_embd=16), "fp32", "triton", device)
+    batch = next(RandomSource(101, CONTEXT, MICRO_BATCH, MICRO_BATCHES, 7).batches(0))
+    with pytest.raises(UnsupportedInput, match="the head size is 8; it must be between 16 and 256"):
+        engine.update(batch)
+
+
 def test_another_failure_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise ZeroDivisionError("a mistake of ours")
@@ -225,11 +232,12 @@ def nodes_behind(loss: torch.Tensor) -> set[Node]:
 
 
 @pytest.mark.slow
-def test_blocks_of_triton_kernels_train_to_the_same_bits(device: str) -> None:
-    choice = {"model__n_layer": 2, "train__activation_checkpointing": True}
+def test_blocks_of_triton_kernels_train_to_the_same_bits(device: str, traced: None) -> None:
+    choice = {"model__n_layer": 2, "model__n_embd": 32, "train__batch_tokens": CONTEXT * MICRO_BATCH}
+    batch = next(RandomSource(101, CONTEXT, MICRO_BATCH, 1, 7).batches(0))
     results = []
     for compile in (False, True):
         engine = engine_of(settings(compile=compile, **choice), "fp32", "triton", device)
-        results.append((train(engine, 2), digest(engine)))
+        results.append(([engine.update(batch).update for _ in range(2)], digest(engine)))
     assert results[0] == results[1]
     assert counters["stats"]["unique_graphs"] == 1
