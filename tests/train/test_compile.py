@@ -1,6 +1,7 @@
 """`fastgpt train` with engine.compile: what a user sees, and what a second start finds."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from fastgpt.cli import main
+from fastgpt.engine.base import Update
+from fastgpt.train.watchers import FirstUpdate, Measured
 
 PROGRAM = Path(__file__).with_name("compile_program.py")
 Losses = Callable[[Path], dict[tuple[int, str], float]]
@@ -30,6 +33,19 @@ def test_a_machine_without_a_cpp_compiler_is_one_line(
     )
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_the_time_of_the_first_update_of_a_start_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    watcher = FirstUpdate(batch_tokens=600)
+    watcher.begin(7)
+    assert [step for step in range(7, 12) if watcher.looks_at(step)] == [8], "others need not wait for the device"
+    with caplog.at_level(logging.INFO, logger="fastgpt"):
+        for step, rate in ((8, 20.0), (9, 100.0)):
+            update = Update(step, loss=1.0, grad_norm=1.0, learning_rate=0.1, applied=True)
+            watcher.after(Measured(update, tokens=600 * step, tokens_per_second=rate))
+    assert [record.message for record in caplog.records] == [
+        "engine.compile: the first update, with compiling, took 30.0 s"
+    ]
 
 
 @pytest.mark.slow
