@@ -39,8 +39,8 @@ def prepare_compiler(device: torch.device, ranks: Ranks) -> None:
     for problem in ranks.gather(missing_compiler(device)):
         if problem:
             raise SharedError(f"engine.compile: {problem}, or {REMEDY}")
-    where = f"compiled code is kept in {folder}" if folder else "later starts will do so again"
-    log.info("engine.compile: the first update compiles the blocks; %s", where)
+    where = f"; compiled code is kept in {folder}" if folder else ""
+    log.info("engine.compile: the first update compiles the blocks%s", where)
 
 
 def keep_compiled_code() -> str | None:
@@ -53,7 +53,7 @@ def keep_compiled_code() -> str | None:
             folder = cache_folder()
             _try_out(folder)
         except (OSError, RuntimeError) as problem:  # RuntimeError: nobody knows where the user's home is
-            log.warning("engine.compile: compiled code cannot be kept for later starts: %s", _told(problem))
+            log.warning("engine.compile: compiled code is kept for now, not for good: %s", _told(problem))
             return None
         os.environ[INDUCTOR] = str(folder)
         # Triton's own default: left open, PyTorch would move our kernels' cache into its own once it compiles
