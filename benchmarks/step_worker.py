@@ -31,7 +31,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     spec = json.loads(sys.stdin.readline())
-    if spec["contender"] in ("ours", "reference"):
+    if spec["contender"].startswith(("ours", "reference", "zero")):  # those of step_contenders, which loads PyTorch
         from fastgpt.cli import before_pytorch
 
         before_pytorch()

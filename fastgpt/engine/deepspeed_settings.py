@@ -20,7 +20,8 @@ def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[
         "gradient_accumulation_steps": config.micro_batches // world_size,
         # at stage 0 in fp32 DeepSpeed clips without telling the norm: there the engine clips
         "gradient_clipping": 0.0 if stage == 0 and not low else config.train.clip or 0.0,
-        "bf16": {"enabled": precision == "bf16"},
+        # stage 1: gradients go into their fp32 sums as they come, and none is left over to be cleared
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "fp16": {
             "enabled": precision == "fp16",
             "loss_scale": 0,
@@ -37,6 +38,8 @@ def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        # it would wait for the device before every forward pass
+        "timers": {"throughput": {"enabled": False}},
     }
     if stage > 0 or not low:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

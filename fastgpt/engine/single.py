@@ -14,7 +14,7 @@ from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
 from fastgpt.engine.host import to_device
-from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate
+from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
 from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
@@ -102,7 +102,7 @@ class SingleProcess:
     def write(self, folder: Path) -> None:
         """Write masters and moments."""
         scale = self._scale or LossScale()
-        progress = Progress(self.step, self._updates_applied(), scale.scale, scale.clean)
+        progress = Progress(self.step, updates_applied(self._optimizer), scale.scale, scale.clean)
         write_state(folder, 0, self._fragments(), self._optimizer, progress)
 
     def read(self, folder: Path) -> None:
@@ -162,10 +162,6 @@ class SingleProcess:
     @torch.no_grad()
     def _round_masters(self) -> None:
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
-
-    def _updates_applied(self) -> int:
-        """The optimizer counts them, on the device."""
-        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
     def _fragments(self) -> list[Fragment]:
         return [Fragment(name, 0, m.numel(), m, 0) for name, m in self._masters.items()]
