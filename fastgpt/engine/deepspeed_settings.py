@@ -13,6 +13,8 @@ def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[
     accumulation under bf16 and fp16, and refuses the key; the engine says so in the log.
     """
     stage, low = config.engine.zero_stage, precision != "fp32"
+    # one rank has nothing to reduce: no second stream to wait for, no parts of gradients to copy to their owners
+    shared = world_size > 1 or stage == 3
     initial = LossScale()
     settings: dict[str, Any] = {
         "train_batch_size": config.micro_batches * config.train.micro_batch_size,
@@ -32,7 +34,8 @@ def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[
         },
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": config.engine.overlap_comm,
+            "overlap_comm": config.engine.overlap_comm and shared,
+            "reduce_scatter": shared,
             "reduce_bucket_size": config.engine.reduce_bucket_size,
             "allgather_bucket_size": config.engine.reduce_bucket_size,
         },

@@ -10,8 +10,8 @@ masters in a pass of its own. `in_one_pass` lets a wrapper that DeepSpeed has bu
     the update                   the norm in one launch; clipping, AdamW and rounding in one pass over this rank's part
     W > 1 ranks                  DeepSpeed's all-gather of the rounded weights
 
-It overrides methods that are DeepSpeed's own. They hold for the versions that pyproject.toml allows; tests compare every
-update with the single engine's and, bit for bit, with DeepSpeed's.
+It overrides methods that are DeepSpeed's own. They hold for the versions that pyproject.toml allows; tests compare an
+update's every bit with what DeepSpeed and the single engine make of the same batches.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Run by torchrun: ZeRO-1 in bf16 by our update, by DeepSpeed's own, and by the single engine.
+"""Run by torchrun: ZeRO-1 in bf16 by our update, by DeepSpeed's own, and by the single engine; on one rank others too.
 
 usage: one_pass_program.py RESULTS
 """
@@ -33,10 +33,12 @@ Kind = Literal["ours", "deepspeed", "single"]
 POISONED = "blocks.1.mlp.up.weight"
 
 
-def build(kind: Kind, clip: float | None, ranks: Ranks) -> tuple[Any, Iterator[Batch]]:
+def build(
+    kind: Kind, clip: float | None, ranks: Ranks, stage: int = 1, precision: str = "bf16"
+) -> tuple[Any, Iterator[Batch]]:
     """An engine, and this rank's batches."""
     overrides = {"train.clip": clip, "train.schedule": "constant", "train.warmup_steps": 0, "model.dropout": 0.0}
-    config = settings({"stage": 1, "overrides": overrides})
+    config = settings({"stage": stage, "overrides": overrides})
     with ExitStack() as patches:
         if kind == "deepspeed":
             patches.enter_context(mock.patch("fastgpt.engine.layouts.in_one_pass"))
@@ -45,7 +47,7 @@ def build(kind: Kind, clip: float | None, ranks: Ranks) -> tuple[Any, Iterator[B
             lambda: GPT(config.model, load_ops("torch")),
             config,
             kind="single" if kind == "single" else "deepspeed",
-            precision="bf16",
+            precision=precision,
             device=torch.device("cpu"),
             ranks=ranks,
         )
@@ -58,10 +60,10 @@ def without_our_bf16(config: Config, precision: str, world_size: int) -> dict[st
 
 
 def train(
-    kind: Kind, ranks: Ranks, clip: float | None = None, *, left_out: int = -1, poisoned: int = -1
+    kind: Kind, ranks: Ranks, clip: float | None = None, *, left_out: int = -1, poisoned: int = -1, **wanted: Any
 ) -> dict[str, Any]:
     """Four updates, without that of one batch, or with a gradient of rank 0 that is not a number in one."""
-    engine, batches = build(kind, clip, ranks)
+    engine, batches = build(kind, clip, ranks, **wanted)
     updates, phases = [], []
 
     @contextmanager
@@ -151,6 +153,10 @@ def main() -> None:
     }
     if ranks.world_size == 1:
         results |= {"single": train("single", ranks)}
+        for precision in ("fp32", "bf16"):
+            for stage in (0, 1, 2):
+                results[f"{stage}-{precision}"] = train("ours", ranks, 0.5, stage=stage, precision=precision)
+            results[f"single-{precision}"] = train("single", ranks, 0.5, precision=precision)
         results["questions"]["single"] = questions("single", ranks)
     if ranks.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))

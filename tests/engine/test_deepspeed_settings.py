@@ -50,3 +50,9 @@ def test_deepspeed_times_nothing_and_moves_gradients_as_they_come() -> None:
     assert timers.get_timers_config({}).enabled and not timers.get_timers_config(settings).enabled
     bf16 = precision.get_bfloat16_config(settings)
     assert bf16.enabled and bf16.immediate_grad_update
+
+
+@pytest.mark.parametrize(("stage", "world_size", "shared"), [(1, 1, False), (2, 1, False), (2, 2, True), (3, 1, True)])
+def test_one_rank_reduces_nothing(stage: int, world_size: int, shared: bool) -> None:
+    zero = deepspeed_settings(config(stage), "bf16", world_size)["zero_optimization"]
+    assert (zero["overlap_comm"], zero["reduce_scatter"]) == (shared, shared)

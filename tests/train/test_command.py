@@ -191,6 +191,19 @@ def test_the_deepspeed_launcher_trains_as_one_process_does(
     assert max(abs(ours[k] - single[k]) for k in single) <= 1e-5
 
 
+@pytest.mark.distributed
+def test_deepspeed_on_one_rank_needs_no_launcher(
+    run: Path, tiny: Path, tmp_path: Path, command: Command, losses: Losses
+) -> None:
+    out = tmp_path / "run"
+    words = (f"out={out}", "engine.kind=deepspeed", "engine.precision=fp32")
+    outcome = command(*FASTGPT, "train", tiny, *words)
+    assert outcome.returncode == 0, outcome.stderr
+    ours, single = losses(out), losses(run)
+    assert ours.keys() == single.keys()
+    assert max(abs(ours[k] - single[k]) for k in single) <= 1e-5
+
+
 def test_a_diverged_run_stops_before_it_saves(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train.lr=1e30", "train.clip=null", "train.warmup_steps=0", "train.save_every=1", "engine.precision=fp32"]
     assert main(["train", str(tiny), f"out={tmp_path / 'run'}", *words]) == 2
