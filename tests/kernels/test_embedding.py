@@ -7,7 +7,8 @@ from fastgpt_kernels import UnsupportedInput, embedding, load_ops
 from fastgpt_kernels.seeds import rate
 from fastgpt_kernels.testing import assert_as_close_as_torch, assert_close, output_and_gradients
 from fastgpt_kernels.torch_ops.embedding import _embedding as on_cpu
-from fastgpt_kernels.torch_ops.embedding import _token_gradient as token_gradient_on_cpu
+from fastgpt_kernels.torch_ops.embedding import _gradients as gradients_on_cpu
+from fastgpt_kernels.torch_ops.embedding import token_gradient as token_gradient_on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -284,7 +285,8 @@ def test_torch_library_finds_the_ops_well_formed(device):
     torch.library.opcheck(embedding._position_gradient, (dy, 7, 0.5, drawn))
     if device == "cpu":
         torch.library.opcheck(on_cpu, (tokens, *tables, 0.5, drawn))
-        torch.library.opcheck(token_gradient_on_cpu, (tokens, dy, 11, torch.float16))
+        for needed in ([True, True], [False, True]):
+            torch.library.opcheck(gradients_on_cpu, (tokens, dy, [11, 7], needed, torch.float16))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
