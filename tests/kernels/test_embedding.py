@@ -188,7 +188,7 @@ def test_it_drops_at_its_rate_and_keeps_the_mean(p, backend, device):
         assert abs(agreement - expected) < 4.5 * (expected * (1.0 - expected) / near.numel()) ** 0.5 + 0.01
 
 
-@pytest.mark.parametrize(("backend", "N"), [("triton", 4), ("triton", 772), ("torch", 5), ("torch", 772)])
+@pytest.mark.parametrize(("backend", "N"), [("triton", 5), ("triton", 772), ("torch", 5), ("torch", 772)])
 def test_the_mask_is_that_of_dropout(backend, N, device):
     ones = torch.ones(2, 5, N, device=device)
     dropped = load_ops(backend).dropout(ones, 0.3, SEED)
