@@ -85,6 +85,7 @@ class TrainConfig(Section):
     """Largest global gradient norm; null leaves gradients as they are."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     activation_checkpointing: bool = False
+    """Keep one tensor for each block and compute the rest again in the backward pass: less memory, the same bits."""
     eval_every: Positive | None = None
     """Updates between two validations; null validates at the start and the end only."""
     eval_tokens: Positive | None = None

@@ -68,7 +68,7 @@ def test_greedy_text_with_a_cache_is_that_without(model: GPT, prompt: int) -> No
 
 def test_a_token_is_computed_once_until_the_window_slides(model: GPT) -> None:
     computed: list[int] = []
-    model.eval().blocks[0].register_forward_pre_hook(lambda block, inputs: computed.append(inputs[0].shape[1]))
+    model.eval().blocks[0].register_forward_pre_hook(lambda block, inputs: computed.append(inputs[1].shape[1]))
     list(generate(cached(model), [1, 2, 3, 4], steps=12, context=13, temperature=0))
     # the prompt, then a token a call while 13 fit; two windows more
     assert computed == [4] + 9 * [1] + [13, 13]
@@ -76,7 +76,7 @@ def test_a_token_is_computed_once_until_the_window_slides(model: GPT) -> None:
 
 def test_a_second_text_reuses_what_it_shares_with_the_first(model: GPT) -> None:
     computed: list[int] = []
-    model.eval().blocks[0].register_forward_pre_hook(lambda block, inputs: computed.append(inputs[0].shape[1]))
+    model.eval().blocks[0].register_forward_pre_hook(lambda block, inputs: computed.append(inputs[1].shape[1]))
     logits = cached(model)
     first = list(generate(logits, [1, 2, 3, 4], steps=5, context=13, seed=1))
     computed.clear()

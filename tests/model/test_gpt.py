@@ -225,7 +225,11 @@ def test_a_backend_is_handed_the_whole_of_a_branch_to_fuse(dropping: GPT, tokens
     assert outside <= products | views, outside - products - views
 
 
-def test_checkpointed_activations_give_bit_identical_gradients_with_dropout(dropping: GPT, tokens: Tensor) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_activations_give_bit_identical_gradients_with_dropout(
+    dropping: GPT, tokens: Tensor, dtype: torch.dtype
+) -> None:
+    dropping.to(dtype)
     gradients = []
     for checkpointed in (False, True):
         dropping.zero_grad()
