@@ -99,9 +99,12 @@ class TokenShards:
         rows = np.empty((len(starts), length), np.int64)
         shards = np.searchsorted(self._starts, starts, side="right") - 1
         offsets = starts - self._starts[shards]
-        for row, start, shard, offset in zip(rows, starts.tolist(), shards.tolist(), offsets.tolist(), strict=True):
+        for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
             ids = self._arrays[shard][offset : offset + length]
-            row[:] = ids if len(ids) == length else self.slice(start, start + length)
+            if len(ids) < length:
+                start = int(starts[row])
+                ids = self.slice(start, start + length)
+            rows[row] = ids
         return rows
 
 

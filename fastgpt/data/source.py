@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,10 @@ import numpy.typing as npt
 from fastgpt.data.sampler import Sampler, key, keyed
 from fastgpt.data.shards import TokenShards
 from fastgpt.errors import UserError
+
+# Updates are made in groups of about so many tokens, 512 KB of them: to find the places of a few samples takes as long
+# as to find those of hundreds, and what is made ahead stays in a core's cache until it is used.
+GROUP_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,16 @@ class Share:
         """The micro-batches of this rank, by their places in the global batch."""
         return tuple(range(self.rank, self.micro_batches, self.world_size))
 
-    def samples(self, step: int) -> npt.NDArray[np.int64]:
-        """The global numbers of this rank's samples at update `step`, (its micro-batches, micro-batch size)."""
-        first = (step - 1) * self.micro_batches * self.micro_batch_size
-        micro_batches = np.asarray(self.indices, np.int64)[:, None] * self.micro_batch_size
-        return first + micro_batches + np.arange(self.micro_batch_size)
+    @property
+    def size(self) -> int:
+        """This rank's samples of one update."""
+        return len(self.indices) * self.micro_batch_size
+
+    def samples(self, steps: range) -> npt.NDArray[np.int64]:
+        """The global numbers of this rank's samples, (updates `steps`, its micro-batches, micro-batch size)."""
+        firsts = (np.asarray(steps, np.int64) - 1) * (self.micro_batches * self.micro_batch_size)
+        micro_batches = np.asarray(self.indices, np.int64) * self.micro_batch_size
+        return firsts[:, None, None] + micro_batches[:, None] + np.arange(self.micro_batch_size)
 
 
 class ShardSource:
@@ -88,6 +98,7 @@ class ShardSource:
         self.windows = max(1, (len(shards) - context) // context)
         self._shards = shards
         self._share = Share(micro_batch_size, micro_batches, rank, world_size)
+        self._group = max(1, GROUP_TOKENS // (self._share.size * context))  # updates
         self._sampler = Sampler(self.windows, seed)
         self._shift_key = key(seed, "shift")
         # The windows of an epoch can begin at any of these first tokens: the last one still fits.
@@ -95,16 +106,21 @@ class ShardSource:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches for updates start + 1, start + 2 and so on."""
-        step = start + 1
-        while True:
-            yield self.batch(step)
-            step += 1
+        for first in count(start + 1, self._group):
+            yield from self._batches(range(first, first + self._group))
 
     def batch(self, step: int) -> Batch:
         """The batch for update `step`, counting from 1."""
-        samples = self._share.samples(step)
+        [batch] = self._batches(range(step, step + 1))
+        return batch
+
+    def _batches(self, steps: range) -> Iterator[Batch]:
+        """The batches for updates `steps`, made at once."""
+        samples = self._share.samples(steps)
         tokens = self._shards.gather(self.positions(samples).ravel(), self.context + 1)
-        return Batch(step, tokens.reshape(*samples.shape, self.context + 1), self._share.indices)
+        indices = self._share.indices
+        for step, update in zip(steps, tokens.reshape(*samples.shape, self.context + 1), strict=True):
+            yield Batch(step, update, indices)
 
     def positions(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where in the stream the windows of `samples` (global sample numbers) begin, in the same shape."""

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt.data.shards import TokenShards
-from fastgpt.data.source import RandomSource, ShardSource, TokenSource
+from fastgpt.data.source import GROUP_TOKENS, RandomSource, ShardSource, TokenSource
 from fastgpt.errors import UserError
 
 WriteShards = Callable[..., TokenShards]
@@ -62,6 +62,29 @@ def test_starting_later_gives_the_rest_of_the_same_stream(counting: TokenShards)
     whole = take(source, 40)
     for start in (1, 17, 39):
         np.testing.assert_array_equal(np.stack(take(source, 40 - start, start)), np.stack(whole[start:]))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("context", "micro_batch_size", "micro_batches"), [(1, 1, 2), (7, 3, 4), (500, 66, 2)])
+def test_batches_made_in_groups_are_those_made_one_by_one(
+    counting: TokenShards, context: int, micro_batch_size: int, micro_batches: int, rank: int
+) -> None:
+    source = ShardSource(counting, context, micro_batch_size, micro_batches, seed=5, rank=rank, world_size=2)
+    size = context * micro_batch_size * micro_batches // 2
+    group = max(1, GROUP_TOKENS // size)
+    for step, batch in enumerate(islice(source.batches(41), 2 * group + 1), 42):
+        if (step - 42) % group in (0, group - 1):  # the first and the last of a group
+            alone = source.batch(step)
+            assert batch.step == alone.step == step and batch.micro_batches == alone.micro_batches
+            np.testing.assert_array_equal(batch.tokens, alone.tokens)
+
+
+def test_the_order_of_the_data_is_that_of_every_version(counting: TokenShards) -> None:
+    source = ShardSource(counting, 16, 2, 3, seed=9)
+    assert [batch.tokens[:, :, 0].tolist() for batch in islice(source.batches(20), 2)] == [
+        [[859, 235], [914, 818], [578, 242]],
+        [[642, 402], [626, 866], [114, 178]],
+    ]
 
 
 def test_the_seed_decides_the_order(counting: TokenShards) -> None:
