@@ -213,7 +213,7 @@ def run(parts: Sequence[Part], seconds: float, path: Path, record: Record) -> bo
 
         def keep(found: Record, name: str = part.name) -> None:
             record["parts"][name] = found
-            record["goals"] = goals.judge(results.measured(record)) if record["scale"] == "gpu" else []
+            record["goals"] = goals.of_record(record)
             record["written"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             results.write(path, record)
 

@@ -15,7 +15,7 @@ import fastgpt
 from fastgpt.errors import SharedError, UserError, did_you_mean
 
 COMMANDS = ("train", "prepare", "generate", "bench")
-BENCHMARKS = ("step",)
+BENCHMARKS = ("step", "data")
 
 EPILOG = """\
 examples:
@@ -91,14 +91,25 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--contenders", metavar="a,b,c", help="who is measured (default: all that the device can run)")
     step.add_argument("--peer-path", metavar="DIR", help="a folder with nanoGPT's model.py, to measure it too")
     step.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
-    step.add_argument("--seconds", type=float, help="begin nothing after so many seconds")
     step.add_argument("--one-at-a-time", action="store_true", help="for a GPU that cannot hold all models at once")
-    step.add_argument("--out", metavar="FOLDER", help="of the results file (default: $OUT, else benchmarks/results)")
-    step.add_argument("--commit", help="where git is not at hand to tell")
-    # for the command that collects several parts
-    step.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
-    step.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    data = benchmarks.add_parser("data", help="batches from token shards, on one core")
+    data.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
+    data.add_argument("--toy", action="store_true", help="few tokens: to see that it works")
+    for benchmark in (step, data):
+        _add_keeping(benchmark)
     return top
+
+
+def _add_keeping(benchmark: argparse.ArgumentParser) -> None:
+    """What every benchmark is told of where its results go, and until when."""
+    benchmark.add_argument("--seconds", type=float, help="begin nothing after so many seconds")
+    benchmark.add_argument(
+        "--out", metavar="FOLDER", help="of the results file (default: $OUT, else benchmarks/results)"
+    )
+    benchmark.add_argument("--commit", help="where git is not at hand to tell")
+    # for the command that collects several parts
+    benchmark.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
+    benchmark.add_argument("--until", type=float, help=argparse.SUPPRESS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,7 +159,7 @@ def _run(words: list[str]) -> int:
 def _parse(words: list[str]) -> argparse.Namespace:
     # options between the settings end argparse's list of them early: what is left over are settings too
     options, rest = parser().parse_known_args(words)
-    wrong = [w for w in rest if w.startswith("-") or options.command not in ("train", "bench")]
+    wrong = [w for w in rest if w.startswith("-") or not hasattr(options, "overrides")]
     if wrong:
         raise UserError(f"fastgpt {options.command or ''}: {wrong[0]} is not an argument; see --help")
     if rest:
@@ -225,20 +236,9 @@ def _bench(options: argparse.Namespace) -> int:
             "clone it, and install it with 'pip install -e .'"
         )
     sys.path.insert(0, str(root))
-    step = importlib.import_module("benchmarks.step")
-    code: int = step.run(
-        options.config,
-        options.overrides,
-        contenders=options.contenders,
-        peer_path=options.peer_path,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        one_at_a_time=options.one_at_a_time,
-        out=options.out,
-        commit=options.commit,
-        lines=options.lines,
-        until=options.until,
-    )
+    benchmark = importlib.import_module(f"benchmarks.{options.benchmark}")
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "benchmark", "local_rank")}
+    code: int = benchmark.run(**given)
     return code
 
 
