@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from fastgpt_kernels.compiler import hidden_once_loaded
 from fastgpt_kernels.errors import UnsupportedInput, raise_if_any
 from fastgpt_kernels.multi_tensor import TableCache
 
@@ -113,7 +114,7 @@ class FusedAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; constants that it does not name are the optimizer's."""
         raise_if_any(_against_constants(self.defaults | param_group), "FusedAdamW", self.backend, REMEDY)
-        super().add_param_group(param_group)
+        hidden_once_loaded(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"form": self.form, "backend": self.backend, "_working": self._working}
