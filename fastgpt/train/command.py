@@ -105,12 +105,12 @@ class _Run:
         if folder != Path(self.config.out):
             log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
 
-        prepared, fingerprint = prepare_corpus(self.config, self.ranks, self.display)
-        training = TokenShards.open(prepared, "train", verify=False)
-        validation = TokenShards.open(prepared, "validation", verify=False)
+        corpus = prepare_corpus(self.config, self.ranks, self.display)
+        training = TokenShards.open(corpus.folder, "train", verify=False)
+        validation = TokenShards.open(corpus.folder, "validation", verify=False)
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
         checkpoint = self._checkpoint(store)
-        if checkpoint and checkpoint.state.get("data") != fingerprint:
+        if checkpoint and checkpoint.state.get("data") != corpus.fingerprint:
             raise UserError(
                 f"data.path: {self.config.data.path} no longer gives the tokens that the run in {folder} was "
                 "trained on: its text, data.text_key, data.tokenizer or data.validation_fraction has changed. "
@@ -122,11 +122,12 @@ class _Run:
         if checkpoint:
             engine.read(checkpoint.folder)
             log.info("going on from %s", checkpoint.folder)
+        self.ranks.on_first(corpus.verified)
         with closing(RunLock(folder)) as lock:
             self.ranks.on_first(lambda: self._take(lock, store, checkpoint))
             if self.ranks.rank == 0:
                 save_config(folder, self.config)
-            return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, fingerprint)
+            return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, corpus.fingerprint)
 
     def _train(
         self,
