@@ -78,9 +78,18 @@ def cpu_goals() -> Iterator[Goal]:
         if case.tokens >= shapes.REAL_BATCH:
             yield Goal("data", case.name, "batch", "million tokens/s", 20.0, million_tokens, ours="prefetch")
 
+    yield from start_goals()
+
+
+def start_goals() -> Iterator[Goal]:
+    """On any device."""
+    yield Goal("start", "help", "help", "seconds", 0.5, seconds, ours="ours", at_most=True)
+    yield Goal("start", "quickstart", "first update", "seconds", 10.0, seconds, ours="ours", at_most=True)
+
 
 def gpu_goals() -> Iterator[Goal]:
-    """Kernels and steps."""
+    """Kernels, steps, and the start."""
+    yield from start_goals()
     for case in CASES_1024:
         for direction, rate in (("forward", 320.0), ("backward", 230.0)):
             attention = "causal_attention", case, direction

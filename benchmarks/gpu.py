@@ -102,8 +102,17 @@ def parts_for(scale: str, contenders: str | None, peer_path: str | None = None) 
         Part("pointwise", 0.12, suites("gelu", "dropout", "embedding")),
         Part("losses", 0.06, suites("losses")),
         Part("optimizer", 0.08, suites("optimizer")),
+        start_for(scale),
         *steps_for(scale, peer_path),
     ]
+
+
+def start_for(scale: str) -> Part:
+    """The part of the start: the quickstart, which is small on any device."""
+    command = (sys.executable, "-m", "fastgpt", "bench", "start", "configs/quickstart.yaml")
+    command += STEP_SETTINGS["toy"] if scale == "toy" else ()
+    rounds = {"gpu": "2", "cpu": "5", "toy": "1"}[scale]
+    return Part("start", 0.12, (*command, "--rounds", rounds, "--lines", LINES, "--until", UNTIL))
 
 
 def steps_for(scale: str, peer_path: str | None) -> list[Part]:

@@ -15,7 +15,7 @@ import fastgpt
 from fastgpt.errors import SharedError, UserError, did_you_mean
 
 COMMANDS = ("train", "prepare", "generate", "bench")
-BENCHMARKS = ("step", "data")
+BENCHMARKS = ("step", "data", "start")
 
 EPILOG = """\
 examples:
@@ -95,7 +95,11 @@ def parser() -> argparse.ArgumentParser:
     data = benchmarks.add_parser("data", help="batches from token shards, on one core")
     data.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
     data.add_argument("--toy", action="store_true", help="few tokens: to see that it works")
-    for benchmark in (step, data):
+    start = benchmarks.add_parser("start", help="from the start of a process to its first update")
+    start.add_argument("config", nargs="?", help="a YAML file of settings (default: the quickstart, and a small GPT-2)")
+    start.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    start.add_argument("--rounds", type=int, default=5, help="fresh processes of each (default: %(default)s)")
+    for benchmark in (step, data, start):
         _add_keeping(benchmark)
     return top
 

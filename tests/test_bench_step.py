@@ -13,7 +13,7 @@ import torch
 from fastgpt_kernels import load_ops
 
 import fastgpt.cli
-from benchmarks import goals, gpu, report, results, step, step_table
+from benchmarks import goals, gpu, report, results, start, step, step_table
 from benchmarks.step_contenders import ABOUT
 from benchmarks.step_models import PlainGPT
 from benchmarks.step_process import ContenderFailed, Process, TimeIsOver
@@ -22,7 +22,7 @@ from fastgpt.config import ModelConfig
 from fastgpt.data.source import RandomSource
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.model.gpt import GPT, flops_per_token
+from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
 from fastgpt.settings import load_config
 
 SETTINGS = """\
@@ -342,9 +342,13 @@ def test_the_goals_of_steps_are_judged_beside_the_compiled_model():
 
 @pytest.mark.parametrize("scale", ["gpu", "cpu", "toy"])
 def test_every_part_of_the_gpus_turn_is_a_command_that_can_be_parsed(scale):
+    def options_of(part):
+        return fastgpt.cli._parse([{gpu.LINES: "lines", gpu.UNTIL: "1.0"}.get(word, word) for word in part.command[3:]])
+
+    (run,) = start.runs_of(options_of(gpu.start_for(scale)).config, options_of(gpu.start_for(scale)).overrides)
+    assert run.name == "quickstart" and (parameter_count(run.config.model) < 1e6) is (scale == "toy")
     for part in gpu.steps_for(scale, None):
-        words = [{gpu.LINES: "lines", gpu.UNTIL: "1.0"}.get(word, word) for word in part.command[3:]]
-        options = fastgpt.cli._parse(words)
+        options = options_of(part)
         case = step.case_of(str(gpu.ROOT / options.config), options.overrides, None)
         assert part.name == case.part
         assert options.contenders.startswith("ours,pl") and set(options.contenders.split(",")) <= set(ABOUT)

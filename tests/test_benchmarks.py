@@ -118,7 +118,7 @@ def test_the_whole_command_passes(command, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = results.read(next(tmp_path.iterdir()))
     assert list(record["parts"]) == [part.name for part in gpu.parts_for("toy", None)]
-    assert {row["operation"] for row in results.measured(record)} == OPERATIONS | {"step"}
+    assert {row["operation"] for row in results.measured(record)} == OPERATIONS | {"step", "start"}
 
 
 def part(name, program, share=1.0):
@@ -362,6 +362,9 @@ def test_every_goal_is_of_a_case_that_is_measured():
         if goal.operation == "step":
             measured = gpu.STEPS[goal.case.removesuffix(" T=1024")].gpu.split(",")
             assert {goal.ours, *([goal.other[0]] if goal.other else [])} <= set(measured)
+            continue
+        if goal.operation == "start":
+            assert goal.case == "help" or f"configs/{goal.case}.yaml" in gpu.start_for("gpu").command
             continue
         assert goal.case in cases[goal.operation]["gpu"]
         if goal.other:
