@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import goals, results, step_table, table
+from benchmarks import goals, results, table
 from benchmarks.results import NOT_MEASURED, Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ def page(records: Sequence[Record]) -> str:
             by_device.setdefault((record["kind"], record["device"]), []).append(record)
     lines = [HEAD]
     if not any(kind == "gpu" for kind, _ in by_device):
-        lines += ["## GPU", "", f"No GPU: {NOT_MEASURED}.", "", *goals_of([])]
+        lines += ["## GPU", "", f"No GPU: {NOT_MEASURED}.", "", *goals_of([], "gpu")]
     for _, device in sorted(by_device, reverse=True):  # GPUs first
         lines += device_section(device, next(found for key, found in by_device.items() if key[1] == device))
     return "\n".join(lines).rstrip() + "\n"
@@ -63,18 +63,18 @@ def device_section(device: str, records: Sequence[Record]) -> Iterator[str]:
         newest |= {name: (record, part) for name, part in record["parts"].items()}
     rows = [row for _, part in newest.values() for row in part["benchmarks"] if "median" in row]
     yield from (f"## {device}", "")
-    if records[0]["kind"] == "gpu":
-        yield from goals_of(rows)
+    yield from goals_of(rows, records[0]["kind"])
     yield from parts_table(newest)
-    yield from step_table.section(rows)
-    for operation in dict.fromkeys(row["operation"] for row in rows if not step_table.is_step(row)):
+    for kind in table.KINDS.values():
+        yield from kind.section(rows)
+    for operation in dict.fromkeys(row["operation"] for row in rows if row["operation"] not in table.KINDS):
         yield from operation_section(operation, [row for row in rows if row["operation"] == operation])
 
 
-def goals_of(rows: Sequence[table.Measurement]) -> Iterator[str]:
-    """A table of the goals."""
+def goals_of(rows: Sequence[table.Measurement], kind: str) -> Iterator[str]:
+    """A table of a kind of device's goals."""
     yield from ("| Goal | needed | measured | |", "|---|---|---|---|")
-    for verdict in goals.judge(rows):
+    for verdict in goals.judge(rows, kind):
         value, word = NOT_MEASURED, ""
         if verdict["measured"] is not None:
             value, word = f"{verdict['measured']:.3g}", "reached" if verdict["reached"] else "**not reached**"
@@ -90,11 +90,10 @@ def parts_table(newest: dict[str, tuple[Record, Record]]) -> Iterator[str]:
         versions, session = record["environment"]["versions"], part["session"]
         cells = [name, part["outcome"], record["commit"], part["started"]]
         cells.append(f"{versions['torch']}, {versions['triton']}")
-        if session:
-            cells += [f"{session['gemm'] / 1e12:.3g} TFLOP/s ({session['dtype']})", f"{session['copy'] / 1e9:.4g} GB/s"]
-            cells += [" ".join(map(str, session["load"])), clocks(session["clocks"])]
-        else:
-            cells += ["", "", "", ""]
+        roofs = ["", ""]
+        if session and "gemm" in session:
+            roofs = [f"{session['gemm'] / 1e12:.3g} TFLOP/s ({session['dtype']})", f"{session['copy'] / 1e9:.4g} GB/s"]
+        cells += [*roofs, *([" ".join(map(str, session["load"])), clocks(session["clocks"])] if session else ["", ""])]
         yield "| " + " | ".join(cells) + " |"
     yield ""
 

@@ -48,6 +48,24 @@ class Losses(NamedTuple):
     N: int = 0
 
 
+class Update(NamedTuple):
+    """The data of one training update."""
+
+    context: int
+    micro_batch_size: int
+    micro_batches: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole update."""
+        return self.context * self.micro_batch_size * self.micro_batches
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.micro_batches} x {self.micro_batch_size} x {self.context}"
+
+
 class Tokens(NamedTuple):
     """A case of embedding B sequences of T tokens."""
 
@@ -154,6 +172,15 @@ MODELS: Cases = {
     "cpu": {"gpt2-124m": GPT2["gpt2-124m"]},
     "toy": {"toy": Size(2, 32, 2)},
 }
+
+REAL_BATCH = 8192  # no real run has fewer tokens in an update
+# each micro-batch alone, and as many of them as a real update has
+DATA = [
+    Update(context, size, micro_batches)
+    for context in (64, 256, 1024)
+    for size in (1, 8, 64)
+    for micro_batches in sorted({1, max(1, REAL_BATCH // (context * size))})
+]
 
 
 def parameter_shapes(size: Size, scale: Scale) -> Iterator[tuple[int, ...]]:

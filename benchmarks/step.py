@@ -9,7 +9,6 @@ The results file is rewritten after every round: a run cut short loses nothing.
 """
 
 import math
-import os
 import statistics
 import sys
 import time
@@ -20,17 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import environment, goals, gpu, results, step_contenders, step_table
+from benchmarks import environment, gpu, session, step_contenders
 from benchmarks.contenders import Unavailable
 from benchmarks.results import NO_TIME, Record
+from benchmarks.session import Keeping, say, timed
 from benchmarks.shapes import Scale
 from benchmarks.step_contenders import ABOUT, NAMES, SAME_WEIGHTS, Job
 from benchmarks.step_process import ContenderFailed, Process, TimeIsOver
 from fastgpt.config import Config
 from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
-from fastgpt.model.gpt import flops_per_token, parameter_count
 from fastgpt.settings import load_config
+from fastgpt.sizes import flops_per_token, parameter_count
 
 ROUNDS = 10
 SPLIT_EVERY = 3  # rounds
@@ -73,33 +73,25 @@ class Case(NamedTuple):
 
 
 def run(
-    path: str,
+    config: str,
     overrides: Sequence[str] = (),
     *,
     contenders: str | None = None,
     peer_path: str | None = None,
     rounds: int = ROUNDS,
-    seconds: float | None = None,
     one_at_a_time: bool = False,
-    out: str | None = None,
-    commit: str | None = None,
-    lines: Path | None = None,
-    until: float | None = None,
+    **keeping: Any,
 ) -> int:
     """Measure, keep what was found, and print it.
 
     Args:
-        path: a file of settings.
+        config: a file of settings.
         overrides: settings that replace the file's.
         contenders: names, separated by commas; by default all that the device can run.
         peer_path: nanoGPT's folder.
         rounds: turns of each.
-        seconds: begin nothing after so many.
         one_at_a_time: one after the other from start to end, for a GPU whose memory does not hold all.
-        out: the folder of the results file; by default $OUT, else benchmarks/results.
-        commit: where git is not at hand to tell.
-        lines: write what is found to this file only, for the command that collects several parts.
-        until: begin nothing after this time, as `time.time()` gives it.
+        keeping: the fields of `Keeping`.
 
     Returns:
         The exit code: 1 where ours failed.
@@ -109,20 +101,10 @@ def run(
     """
     if rounds < 1:
         raise UserError(f"--rounds must be at least 1, not {rounds}")
-    if seconds is not None and seconds <= 0:
-        raise UserError(f"--seconds must be above 0, not {seconds:g}")
-    case = case_of(path, overrides, peer_path)
+    kept = Keeping(**keeping)
+    case = case_of(config, overrides, peer_path)
     names = chosen(contenders, case.job)
-    end = min(math.inf if until is None else until, math.inf if seconds is None else time.time() + seconds)
-    session = Session(case, names, rounds, end)
-    if lines is not None:
-        session.measure(lambda: results.write_lines(lines, session.lines()), one_at_a_time=one_at_a_time)
-    else:
-        keep = Keeper(case, session, out, commit)
-        session.measure(keep, one_at_a_time=one_at_a_time)
-        keep(finished=True)
-        print("\n" + "\n".join(step_table.summary(keep.record, case.part)) + f"\nresults: {keep.path}")
-    return 1 if any(each.name == "ours" and each.outcome == "failed" for each in session.contenders) else 0
+    return Session(case, names, rounds, kept.end, one_at_a_time=one_at_a_time).carry_out(kept)
 
 
 def case_of(path: str, overrides: Sequence[str], peer_path: str | None) -> Case:
@@ -163,24 +145,24 @@ def chosen(asked: str | None, job: Job) -> list[str]:
     return sorted(names, key=NAMES.index)
 
 
-class Session:
+class Session(session.Session):
     """A run of all contenders."""
 
-    def __init__(self, case: Case, names: Sequence[str], rounds: int, end: float) -> None:
-        self.case, self.rounds, self.end = case, rounds, end
+    def __init__(
+        self, case: Case, names: Sequence[str], rounds: int, end: float = math.inf, *, one_at_a_time: bool = False
+    ) -> None:
+        super().__init__(case.part, case.scale, end, on_gpu=case.job.device.type == "cuda")
+        self.case, self.rounds, self.one_at_a_time = case, rounds, one_at_a_time
         self.contenders = [Contender(name) for name in names]
         self.roofs: dict[str, Any] | None = None
-        self.keep: Callable[[], Any] = lambda: None
-        self.started = time.monotonic()
 
-    def measure(self, keep: Callable[[], Any], *, one_at_a_time: bool) -> None:
-        """Let everybody take their turns; `keep` is called whenever something was found."""
-        self.keep = keep
+    def measure(self) -> None:
+        """Let everybody take their turns."""
         try:
             self.measure_roofs()
             for each in self.contenders:
                 self.guarded(each, lambda each: step_contenders.check_available(each.name, self.case.job))
-            if one_at_a_time:
+            if self.one_at_a_time:
                 for number, each in enumerate(self.contenders):
                     self.begin([each])
                     left = len(self.contenders) - number
@@ -314,13 +296,18 @@ class Session:
         """Everything found so far, a line for each contender that has come to something."""
         return [self.line(each) for each in self.contenders if each.outcome or each.seconds]
 
+    def failure(self) -> str | None:
+        """Ours, where it failed."""
+        ours = next((each for each in self.contenders if each.name == "ours"), None)
+        return f"ours: {ours.reason}" if ours and ours.outcome == "failed" else None
+
     def line(self, each: Contender) -> Record:
         """A contender's line of results."""
         config = self.case.job.config
         about = {
             "test": f"{self.case.name} {each.name}",
             "outcome": each.outcome or "passed",
-            "seconds": time.monotonic() - self.started,
+            "seconds": self.seconds,
             "operation": "step",
             "case": self.case.name,
             "direction": "update",
@@ -342,11 +329,7 @@ class Session:
             "threads": each.opened["threads"],
             "tokens": config.train.batch_tokens,
             "tokens_per_second": config.train.batch_tokens / median,
-            "median": median,
-            "iqr": spread(each.seconds),
-            "times": each.seconds,
-            "min": min(each.seconds),
-            "rounds": len(each.seconds),
+            **timed(each.seconds),
             "calls": each.updates,
             "timed_by": "updates, with the host's part",
             "split": {
@@ -370,47 +353,6 @@ class Session:
         }
 
 
-class Keeper:
-    """Writes the results file, whenever it is called."""
-
-    def __init__(self, case: Case, session: Session, out: str | None, commit: str | None) -> None:
-        folder = Path(out or os.environ.get("OUT") or gpu.ROOT / "benchmarks" / "results")
-        found = gpu.describe()
-        if case.job.device.type == "cpu":
-            found |= {"device": found["cpu"], "kind": "cpu"}
-        self.path, self.record = gpu.open_record(folder, found, case.scale, commit or environment.commit())
-        self.case, self.session = case, session
-        self.about = {"started": self.record["written"], "limit": min(session.end, 1e12) - time.time()}
-        if math.isinf(session.end):
-            self.about["limit"] = None
-
-    def __call__(self, *, finished: bool = False) -> None:
-        found = results.part_of(self.session.lines())
-        outcome = "stopped with the command"
-        if finished:
-            outcome = gpu.outcome_of(0, self.about["limit"] or 0.0, found)
-            if ours := next((line for line in found["problems"] if line["contender"] == "ours"), None):
-                outcome = f"failed: ours: {ours['reason']}"
-        seconds = time.monotonic() - self.session.started
-        self.record["parts"][self.case.part] = {"outcome": outcome, **self.about, "seconds": seconds, **found}
-        if self.case.scale == "gpu":
-            self.record["goals"] = goals.judge(results.measured(self.record))
-        results.write(self.path, self.record)
-
-
 def allowed_difference(loss: float) -> float:
     """One unit of bfloat16's precision: what the rounding of weights and activations may do to a mean loss."""
     return torch.finfo(torch.bfloat16).eps * abs(loss)
-
-
-def spread(values: Sequence[float]) -> float:
-    """The interquartile range."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)

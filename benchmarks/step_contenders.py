@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from fastgpt_kernels import load_ops
@@ -17,25 +17,29 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import Unavailable
 from benchmarks.step_models import PlainGPT
+from benchmarks.step_worker import OURS, ZERO
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending
 from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.engine.prepare import prepare
-from fastgpt.engine.ranks import Ranks
+from fastgpt.engine.ranks import Ranks, join
+from fastgpt.launchers import ALONE
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import decays
 from fastgpt.train.start import set_up
 
-OURS = ("ours", "reference")
 # these start from our initial weights
 SAME_WEIGHTS = (*OURS, "plain", "plain-compile", "plain-compile-cudnn", "plain-fp32")
 ABOUT = {
     "ours": "the single engine, as `fastgpt train` runs it",
     "reference": "the same with PyTorch's operations in the place of Triton's",
+    **{name: f"the DeepSpeed engine, ZeRO-{stage}, one rank" for name, stage in ZERO.items()},
     "plain": "plain PyTorch, bf16 autocast over fp32 weights",
     "plain-compile": "plain under torch.compile",
     "plain-compile-cudnn": "plain under torch.compile, SDPA by cuDNN",
+    "ours-compile": "ours with engine.compile",
+    "ours-no-graph": "ours without its CUDA graph",
     "plain-fp32": "plain PyTorch in fp32",
     "transformers": "GPT2LMHeadModel with SDPA, bf16 autocast",
     "liger": "transformers with Liger's layer norm and cross-entropy",
@@ -76,7 +80,8 @@ def defaults(device: str, peer_path: Path | None) -> list[str]:
     if device == "cpu":
         names = ["ours", "plain", "plain-compile", "plain-fp32", "transformers"]
         return names + (["nanogpt", "nanogpt-bf16", "nanogpt-bf16-compile"] if peer_path else [])
-    names = ["ours", "reference", "plain", "plain-compile", "plain-compile-cudnn", "transformers", "liger"]
+    names = ["ours", "reference", "plain", "plain-compile", "plain-compile-cudnn", "ours-compile"]
+    names += ["transformers", "liger"]
     return names + (["nanogpt-bf16", "nanogpt-bf16-compile"] if peer_path else [])
 
 
@@ -87,8 +92,16 @@ def check_available(name: str, job: Job) -> None:
         Unavailable: with the reason.
     """
     config, gpu = job.config, job.device.type == "cuda"
+    if config.model.attention != "dense" and name not in OURS:
+        raise Unavailable("it has no windows in its attention")
     if name == "reference" and (not gpu or load_ops(config.kernels.backend).name != "triton"):
         raise Unavailable("ours runs PyTorch's operations already")
+    if name == "ours-compile" and config.engine.compile:
+        raise Unavailable("ours is compiled already")
+    if name in ZERO and not importlib.util.find_spec("deepspeed"):
+        raise Unavailable("deepspeed is not installed")
+    if name == "ours-no-graph" and not (gpu and config.engine.cuda_graph):
+        raise Unavailable("ours has no CUDA graph already")
     if name in ("plain-compile-cudnn", "liger") and not gpu:
         raise Unavailable("it needs a GPU")
     for other, package in (("transformers", "transformers"), ("liger", "transformers"), ("liger", "liger_kernel")):
@@ -106,7 +119,7 @@ def check_available(name: str, job: Job) -> None:
 def load(name: str, job: Job) -> Trainer:
     """A contender, ready to train, in the process that is to be its own."""
     if name in OURS:
-        return Ours(job, reference=name == "reference")
+        return Ours(job, name)
     config = job.config
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -125,17 +138,26 @@ def load(name: str, job: Job) -> Trainer:
 class Ours:
     """`fastgpt train`, from its start to its engine."""
 
-    def __init__(self, job: Job, *, reference: bool) -> None:
+    def __init__(self, job: Job, name: str) -> None:
         tree = job.config.model_dump()
-        if reference:
+        if name == "reference":
             tree["kernels"]["backend"] = "torch"
+        if name == "ours-compile":
+            tree["engine"]["compile"] = True
+        if name == "ours-no-graph":
+            tree["engine"]["cuda_graph"] = False
+        if name in ZERO:
+            tree["engine"] |= {"kind": "deepspeed", "zero_stage": ZERO[name]}
         config = Config.model_validate(tree)
         config = set_up(config, job.device, threads=config.engine.threads)
         ops = load_ops(config.kernels.backend)
         precision = config.engine.precision
         self.dtype = precision
+        kind: Literal["single", "deepspeed"] = "deepspeed" if name in ZERO else "single"
+        # a process group of its own, which the end of the process ends
+        ranks = join(ALONE, job.device, config.engine.timeout_minutes) if name in ZERO else Ranks()
         self.engine: Any = prepare(
-            lambda: GPT(config.model, ops), config, kind="single", precision=precision, device=job.device, ranks=Ranks()
+            lambda: GPT(config.model, ops), config, kind=kind, precision=precision, device=job.device, ranks=ranks
         )
         self.last: Pending | None = None
 

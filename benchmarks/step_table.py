@@ -1,8 +1,8 @@
 """Steps in rows: one for each contender, with its speed, its phases, its memory, and its time beside ours."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
+from benchmarks import grid
 from benchmarks.results import Record
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -11,16 +11,11 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def is_step(row: Record) -> bool:
-    """Whether a row is of a step, or of an operation."""
-    return bool(row["operation"] == "step")
-
-
 def cases_of(rows: Iterable[Record]) -> dict[str, list[Record]]:
     """Measured steps by case."""
     found: dict[str, list[Record]] = {}
     for row in rows:
-        if is_step(row) and "median" in row:
+        if row["operation"] == "step" and "median" in row:
             found.setdefault(row["case"], []).append(row)
     return found
 
@@ -48,40 +43,12 @@ def heading_of(row: Record) -> str:
     return f"an update is {update}, {row['work'] / row['tokens'] / 1e9:.4g} GFLOP a token"
 
 
-def common(session: dict[str, Any]) -> str:
-    """The roofs of a part."""
-    peak = f", data-sheet peak {session['peak'] / 1e12:.4g} TFLOP/s" if session.get("peak") else ""
-    return (
-        f"GEMM roof {session['gemm'] / 1e12:.3g} TFLOP/s ({session['dtype']}){peak}, "
-        f"copy roof {session['copy'] / 1e9:.4g} GB/s, load {' '.join(map(str, session['load']))}"
-    )
-
-
-def summary(record: Record, part_name: str) -> Iterator[str]:
-    """The lines that end a run of one part."""
-    part = record["parts"][part_name]
-    versions = record["environment"]["versions"]
-    yield f"{record['device']}, torch {versions['torch']}, triton {versions['triton']}, commit {record['commit']}"
-    if part["session"]:
-        yield f"{common(part['session'])}, {part['session']['threads']} threads"
-    yield from summary_of(part["benchmarks"])
-    for line in part["benchmarks"]:
-        if line["outcome"] != "passed":
-            yield f"{line['contender']}: {line['outcome']}: {line['reason']}"
-    yield f"{part_name}: {part['outcome']}"
-
-
 def summary_of(rows: Iterable[Record]) -> Iterator[str]:
     """Tables of all cases, in plain text."""
     for case, members in cases_of(rows).items():
         yield f"step {case}: {heading_of(members[0])}"
         yield f"MFU = ({members[0]['formula']}) by time and GEMM roof"
-        lines = [list(HEADINGS), *(cells_of(row, members) for row in members)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-        for first, *others in lines:
-            yield first.ljust(widths[0]) + "".join(
-                f"  {cell.rjust(width)}" for cell, width in zip(others, widths[1:], strict=True)
-            )
+        yield from grid.plain([HEADINGS, *(cells_of(row, members) for row in members)])
 
 
 def section(rows: Iterable[Record]) -> Iterator[str]:
@@ -96,7 +63,5 @@ def section(rows: Iterable[Record]) -> Iterator[str]:
     yield "on a CPU the most that the process had resident."
     for case, members in cases.items():
         yield from ("", f"**{case}**: {heading_of(members[0])}; in {members[0]['rounds']} rounds.", "")
-        yield "| " + " | ".join(HEADINGS) + " |"
-        yield "|---" * len(HEADINGS) + "|"
-        yield from ("| " + " | ".join(cells_of(row, members)) + " |" for row in members)
+        yield from grid.markdown([HEADINGS, *(cells_of(row, members) for row in members)])
     yield ""

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+ZERO = {f"zero{stage}": stage for stage in range(4)}
+OURS = ("ours", "ours-compile", "ours-no-graph", "reference", *ZERO)
 LEARNING_UPDATES = 4  # on one batch; those after the first tell how long an update takes
 
 
@@ -31,7 +33,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     spec = json.loads(sys.stdin.readline())
-    if spec["contender"] in ("ours", "reference"):
+    if spec["contender"] in OURS:
         from fastgpt.cli import before_pytorch
 
         before_pytorch()

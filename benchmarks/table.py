@@ -1,13 +1,19 @@
-"""Results in rows: one for each operation, case and direction, with the contenders side by side."""
+"""Results in rows: one for each operation, case and direction, with the contenders side by side.
+
+What is no operation of the model, a whole step for one, has a table of its own kind: a module of `KINDS`.
+"""
 
 import argparse
 import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
-from benchmarks import results, step_table
+from benchmarks import data_table, results, start_table, step_table
 
 Measurement: TypeAlias = dict[str, Any]
+
+# by the word that its rows have as their operation
+KINDS = {"step": step_table, "data": data_table, "start": start_table}
 
 # ours first: the one whose rate and share a row shows is the first that was measured
 CONTENDERS = ("triton", "torch", "eager", "compile", "sdpa-flash", "sdpa-cudnn", "liger")
@@ -38,10 +44,10 @@ class Row(NamedTuple):
 
 
 def rows_of(measurements: Iterable[Measurement]) -> list[Row]:
-    """In the order in which they were measured; steps have a table of their own."""
+    """In the order in which they were measured, without those that have a table of their own."""
     rows: dict[tuple[str, str, str], Row] = {}
     for found in measurements:
-        if step_table.is_step(found):
+        if found["operation"] in KINDS:
             continue
         key = found["operation"], found["case"], found["direction"]
         rows.setdefault(key, Row(*key, {})).by_contender[found["contender"]] = found
@@ -73,22 +79,58 @@ def summary(record: results.Record) -> Iterator[str]:
     rows = rows_of(results.measured(record))
     names = contenders_of(rows)
     width = max((len(f"{row.operation} {row.case} {row.direction}") for row in rows), default=0)
-    versions = record["environment"]["versions"]
-    yield f"{record['device']}, torch {versions['torch']}, triton {versions['triton']}, commit {record['commit']}"
+    yield heading_of(record)
     if rows:
         yield f"{'median, ms':<{width}}" + "".join(f"{name:>11}" for name in names) + f"{'rate':>15} of roof"
     for row in rows:
         cells = "".join(f"{milliseconds(row.by_contender.get(name)):>11}" for name in names)
         name = f"{row.operation} {row.case} {row.direction}"
         yield f"{name:<{width}}{cells}{rate(row.shown):>15}{row.shown['roof_share']:>8.0%}"
-    yield from step_table.summary_of(results.measured(record))
-    for verdict in record["goals"]:
-        if verdict["measured"] is not None:
-            word = "reached" if verdict["reached"] else "NOT REACHED"
-            yield f"{word}: {verdict['goal']}: {verdict['measured']:.3g}, needed {verdict['needed']:.3g}"
+    for kind in KINDS.values():
+        yield from kind.summary_of(results.measured(record))
+    yield from goals_of(record)
     for name, part in record["parts"].items():
         counts = ", ".join(f"{number} {what}" for what, number in part["counts"].items())
         limit = "" if part["limit"] is None else f" of {part['limit']:.0f}"
         yield f"{name:<10} {part['outcome']}, {part['seconds']:.0f}{limit} s; {counts or 'no results'}"
         for problem in part["problems"][:5]:
             yield f"  {problem['test']}: {str(problem.get('reason', '')).strip().splitlines()[0][:150]}"
+
+
+def part_summary(record: results.Record, name: str) -> Iterator[str]:
+    """The lines that end a run of one part, whose rows have a table of their own."""
+    part = record["parts"][name]
+    yield heading_of(record)
+    if part["session"]:
+        yield session_of(part["session"])
+    for kind in KINDS.values():
+        yield from kind.summary_of(part["benchmarks"])
+    for line in part["benchmarks"]:
+        if line["outcome"] != "passed":
+            yield f"{line['contender']}: {line['outcome']}: {line['reason']}"
+    yield f"{name}: {part['outcome']}"
+
+
+def heading_of(record: results.Record) -> str:
+    """On what a record was made."""
+    versions = record["environment"]["versions"]
+    return f"{record['device']}, torch {versions['torch']}, triton {versions['triton']}, commit {record['commit']}"
+
+
+def session_of(session: results.Record) -> str:
+    """The roofs of a part, where it has some, the machine's load, and the threads."""
+    words = []
+    if "gemm" in session:
+        peak = f", data-sheet peak {session['peak'] / 1e12:.4g} TFLOP/s" if session.get("peak") else ""
+        words.append(f"GEMM roof {session['gemm'] / 1e12:.3g} TFLOP/s ({session['dtype']}){peak}")
+        words.append(f"copy roof {session['copy'] / 1e9:.4g} GB/s")
+    words.append(f"load {' '.join(map(str, session['load']))}")
+    return f"{', '.join(words)}, {session['threads']} thread{'s' if session['threads'] > 1 else ''}"
+
+
+def goals_of(record: results.Record) -> Iterator[str]:
+    """Which of the goals were measured, and reached."""
+    for verdict in record["goals"]:
+        if verdict["measured"] is not None:
+            word = "reached" if verdict["reached"] else "NOT REACHED"
+            yield f"{word}: {verdict['goal']}: {verdict['measured']:.3g}, needed {verdict['needed']:.3g}"

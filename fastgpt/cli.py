@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import json
 import logging
 import os
 import re
@@ -14,8 +15,8 @@ from typing import NoReturn
 import fastgpt
 from fastgpt.errors import RankLost, SharedError, UserError, did_you_mean
 
-COMMANDS = ("train", "prepare", "generate", "bench")
-BENCHMARKS = ("step",)
+COMMANDS = ("train", "prepare", "generate", "plan", "bench")
+BENCHMARKS = ("step", "data", "start")
 
 EPILOG = """\
 examples:
@@ -24,6 +25,7 @@ examples:
   deepspeed --num_gpus 8 --module fastgpt train configs/gpt2-1558m.yaml
   torchrun --nproc-per-node 8 -m fastgpt train configs/gpt2-1558m.yaml
   fastgpt generate runs/quickstart --prompt 'def main'
+  fastgpt plan configs/gpt2-1558m.yaml --gpus 8 --gpu h100
 """
 
 
@@ -83,6 +85,20 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     generate.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
 
+    plan = commands.add_parser("plan", help="what a run needs, how fast it goes and what it costs, without a GPU")
+    plan.add_argument("config", help="a YAML file of settings")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    plan.add_argument("--gpus", type=int, default=8, help="how many (default: %(default)s)")
+    plan.add_argument("--gpu", default="h100", help="which: h100, h200, a100-80, rtx4090 ... (default: %(default)s)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    plan.add_argument("--network", type=float, metavar="GB/s", help="of each GPU to other nodes, in one direction")
+    plan.add_argument("--tokens", type=float, help="of the run (default: what the settings ask for)")
+    plan.add_argument("--price", type=float, metavar="USD", help="of a GPU-hour")
+    plan.add_argument("--disk", type=float, default=2.0, metavar="GB/s", help="that a node writes (default: 2)")
+    plan.add_argument("--host-memory", type=float, metavar="GB", help="of the host, for each GPU, to offload to")
+    plan.add_argument("--as-configured", action="store_true", help="plan the settings as they are, not the best ones")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
     bench = commands.add_parser("bench", help="measure, beside what else there is")
     benchmarks = bench.add_subparsers(dest="benchmark", metavar="benchmark", required=True, parser_class=_Parser)
     step = benchmarks.add_parser("step", help="whole training updates on random tokens")
@@ -91,14 +107,29 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--contenders", metavar="a,b,c", help="who is measured (default: all that the device can run)")
     step.add_argument("--peer-path", metavar="DIR", help="a folder with nanoGPT's model.py, to measure it too")
     step.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
-    step.add_argument("--seconds", type=float, help="begin nothing after so many seconds")
     step.add_argument("--one-at-a-time", action="store_true", help="for a GPU that cannot hold all models at once")
-    step.add_argument("--out", metavar="FOLDER", help="of the results file (default: $OUT, else benchmarks/results)")
-    step.add_argument("--commit", help="where git is not at hand to tell")
-    # for the command that collects several parts
-    step.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
-    step.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    data = benchmarks.add_parser("data", help="batches from token shards, on one core")
+    data.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
+    data.add_argument("--toy", action="store_true", help="few tokens: to see that it works")
+    start = benchmarks.add_parser("start", help="from the start of a process to its first update")
+    start.add_argument("config", nargs="?", help="a YAML file of settings (default: the quickstart, and a small GPT-2)")
+    start.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    start.add_argument("--rounds", type=int, default=5, help="fresh processes of each (default: %(default)s)")
+    for benchmark in (step, data, start):
+        _add_keeping(benchmark)
     return top
+
+
+def _add_keeping(benchmark: argparse.ArgumentParser) -> None:
+    """What every benchmark is told of where its results go, and until when."""
+    benchmark.add_argument("--seconds", type=float, help="begin nothing after so many seconds")
+    benchmark.add_argument(
+        "--out", metavar="FOLDER", help="of the results file (default: $OUT, else benchmarks/results)"
+    )
+    benchmark.add_argument("--commit", help="where git is not at hand to tell")
+    # for the command that collects several parts
+    benchmark.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
+    benchmark.add_argument("--until", type=float, help=argparse.SUPPRESS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,13 +173,14 @@ def _run(words: list[str]) -> int:
         parser().print_help()
         return 2
     _log_to_stderr()
-    return {"train": _train, "prepare": _prepare, "generate": _generate, "bench": _bench}[options.command](options)
+    run = {"train": _train, "prepare": _prepare, "generate": _generate, "plan": _plan, "bench": _bench}
+    return run[options.command](options)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
     # options between the settings end argparse's list of them early: what is left over are settings too
     options, rest = parser().parse_known_args(words)
-    wrong = [w for w in rest if w.startswith("-") or options.command not in ("train", "bench")]
+    wrong = [w for w in rest if w.startswith("-") or not hasattr(options, "overrides")]
     if wrong:
         raise UserError(f"fastgpt {options.command or ''}: {wrong[0]} is not an argument; see --help")
     if rest:
@@ -221,6 +253,27 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from fastgpt.plan.planner import Request, make_plan
+    from fastgpt.plan.report import as_json, as_text
+    from fastgpt.settings import load_config
+
+    request = Request(
+        options.gpus,
+        options.gpu,
+        per_node=options.gpus_per_node,
+        network=None if options.network is None else options.network * 1e9,
+        tokens=options.tokens,
+        price=options.price,
+        disk=options.disk * 1e9,
+        host=None if options.host_memory is None else options.host_memory * 1e9,
+        as_configured=options.as_configured,
+    )
+    plan = make_plan(load_config(options.config, options.overrides), request)
+    print(json.dumps(as_json(plan), indent=1) if options.json else as_text(plan))
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     root = Path(fastgpt.__file__).parents[1]
     if not (root / "benchmarks" / "step.py").is_file():
@@ -229,20 +282,9 @@ def _bench(options: argparse.Namespace) -> int:
             "clone it, and install it with 'pip install -e .'"
         )
     sys.path.insert(0, str(root))
-    step = importlib.import_module("benchmarks.step")
-    code: int = step.run(
-        options.config,
-        options.overrides,
-        contenders=options.contenders,
-        peer_path=options.peer_path,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        one_at_a_time=options.one_at_a_time,
-        out=options.out,
-        commit=options.commit,
-        lines=options.lines,
-        until=options.until,
-    )
+    benchmark = importlib.import_module(f"benchmarks.{options.benchmark}")
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "benchmark", "local_rank")}
+    code: int = benchmark.run(**given)
     return code
 
 

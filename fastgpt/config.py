@@ -14,6 +14,10 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+# tokens of the first batches of GPT-3 ("Language Models are Few-Shot Learners", appendix B)
+RAMP_START = 32_768
+
+
 def broken(key: str, message: str) -> PydanticCustomError:
     """The error of a check over several settings, to be reported at `key` (relative to its section)."""
     return PydanticCustomError("broken_setting", "{message}", {"key": key, "message": message})
@@ -23,6 +27,13 @@ class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# Sizes in table 2.1 of "Language Models are Few-Shot Learners" that cannot be: (n_head, n_embd) -> what must be meant.
+MISPRINTS = {
+    (24, 2048): "The GPT-3 paper prints 24 heads of 128 for its 1.3B model, but 24 x 128 is 3072: use 16 heads",
+    (40, 5140): "The GPT-3 paper prints a width of 5140 for its 13B model, but its 40 heads of 128 make 5120",
+}
 
 
 class ModelConfig(Section):
@@ -35,15 +46,33 @@ class ModelConfig(Section):
     vocab_size: Annotated[int, Field(ge=1, le=2**22)]
     norm: Literal["pre", "post"] = "pre"
     dropout: Probability = 0.0
+    attention: Literal["dense", "alternating"] = "dense"
+    """`alternating` is GPT-3's: dense in every other layer from the first, within `window` in those between."""
+    window: Positive | None = None
+    """Positions that one reads in a banded layer, itself and those just before it; for `attention: alternating`."""
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer's attention, counting layers from 0; None where attention is dense."""
+        return self.window if layer % 2 else None
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> "ModelConfig":
         if self.n_embd % self.n_head:
             multiple = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            advice = MISPRINTS.get((self.n_head, self.n_embd), f"The nearest is {multiple}")
+            raise broken("n_embd", f"must be a multiple of model.n_head ({self.n_head}), not {self.n_embd}. {advice}")
+        return self
+
+    @model_validator(mode="after")
+    def _banded_layers_have_a_window(self) -> "ModelConfig":
+        if self.attention == "alternating" and self.window is None:
+            raise broken("window", f"must be an integer of 1 to {self.context} where model.attention is alternating")
+        if self.attention == "dense" and self.window is not None:
             raise broken(
-                "n_embd",
-                f"must be a multiple of model.n_head ({self.n_head}), not {self.n_embd}. The nearest is {multiple}",
+                "window", f"is {self.window}, but model.attention is dense: leave it out, or use attention: alternating"
             )
+        if self.window is not None and self.window > self.context:
+            raise broken("window", f"must be at most model.context ({self.context}), not {self.window}")
         return self
 
 
@@ -68,6 +97,10 @@ class TrainConfig(Section):
     steps: Annotated[int, Field(ge=1, le=10**9)]
     batch_tokens: Annotated[int, Field(ge=1, le=2**31)]
     """Tokens of one update, over all ranks and accumulation steps."""
+    batch_ramp_tokens: Positive | None = None
+    """Tokens over which the batch grows to `batch_tokens`, linearly in the tokens seen; null has it full at once."""
+    batch_ramp_start: Positive | None = None
+    """Tokens of a ramp's first update and of each step that it grows by, at most `batch_tokens`; null is 32,768."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)]
     """Sequences of one forward pass on one rank."""
     lr: Annotated[float, Field(gt=0)]
@@ -75,6 +108,8 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "gpt1", "constant"] = "cosine"
     warmup_steps: NotNegative = 0
     """Updates of linear warm-up; a run that ends before has only begun to warm up, as a trial of a long run does."""
+    decay_steps: Positive | None = None
+    """Update at which `cosine` has come down to `min_lr`, where it stays; null is the last."""
     optimizer: Literal["adamw", "gpt1"] = "adamw"
     """`gpt1` is the Adam of the code published with GPT-1: its bias correction takes in the decay, and not eps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -85,6 +120,7 @@ class TrainConfig(Section):
     """Largest global gradient norm; null leaves gradients as they are."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     activation_checkpointing: bool = False
+    """Keep one tensor for each block and compute the rest again in the backward pass: less memory, the same bits."""
     eval_every: Positive | None = None
     """Updates between two validations; null validates at the start and the end only."""
     eval_tokens: Positive | None = None
@@ -109,6 +145,8 @@ class EngineConfig(Section):
     """Record forward and backward of a micro-batch as one CUDA graph (the single engine, on a GPU)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of each rank; null shares the cores between the ranks of this host."""
+    compile: bool = False
+    """Compile the blocks by torch.compile. The first update takes longer; the next start finds them compiled."""
     reduce_bucket_size: Positive = 500_000_000
     """Gradient elements that DeepSpeed reduces at once."""
     overlap_comm: bool = True
@@ -136,8 +174,15 @@ class Config(Section):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one update, over all ranks."""
+        """Micro-batches of one update, over all ranks; under a ramp, once it is over."""
         return self.train.batch_tokens // (self.train.micro_batch_size * self.model.context)
+
+    @property
+    def smallest_batch_tokens(self) -> int:
+        """Tokens of the first update, over all ranks; those of the others are multiples of it."""
+        if self.train.batch_ramp_tokens is None:
+            return self.train.batch_tokens
+        return min(self.train.batch_ramp_start or RAMP_START, self.train.batch_tokens)
 
     @model_validator(mode="after")
     def _batch_is_whole(self) -> "Config":
@@ -149,6 +194,24 @@ class Config(Section):
                 f"must be a multiple of train.micro_batch_size x model.context ({self.train.micro_batch_size} x "
                 f"{self.model.context} = {unit}), not {self.train.batch_tokens}. The nearest is {multiple}",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ramp_is_of_whole_batches(self) -> "Config":
+        train, start = self.train, self.smallest_batch_tokens
+        unit = train.micro_batch_size * self.model.context
+        if start % unit or train.batch_tokens % start:
+            raise broken(
+                "train.batch_ramp_start",
+                f"must be a multiple of train.micro_batch_size x model.context ({unit}) that divides "
+                f"train.batch_tokens ({train.batch_tokens}), not {start}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_cosine_decays_early(self) -> "Config":
+        if self.train.decay_steps is not None and self.train.schedule != "cosine":
+            raise broken("train.decay_steps", f"is for train.schedule: cosine, not {self.train.schedule}")
         return self
 
     @model_validator(mode="after")

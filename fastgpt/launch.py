@@ -18,11 +18,15 @@ def engine_kind(config: Config, launch: Launch | None) -> Literal["single", "dee
         raise UserError(
             f"engine.kind: single runs on one process, and a launcher started {world_size}; use engine.kind=deepspeed"
         )
-    if config.micro_batches % world_size:
-        unit = config.train.micro_batch_size * config.model.context * world_size
-        nearest = max(1, round(config.train.batch_tokens / unit)) * unit
+    micro_batch = config.train.micro_batch_size * config.model.context
+    # the batches of a ramp are multiples of its first one
+    smallest = config.smallest_batch_tokens
+    if smallest // micro_batch % world_size:
+        unit = micro_batch * world_size
+        nearest = max(1, round(smallest / unit)) * unit
+        setting = "train.batch_tokens" if config.train.batch_ramp_tokens is None else "train.batch_ramp_start"
         raise UserError(
-            f"train.batch_tokens: {config.train.batch_tokens} is {config.micro_batches} micro-batches, which cannot be "
+            f"{setting}: {smallest} is {smallest // micro_batch} micro-batches, which cannot be "
             f"dealt evenly to {world_size} ranks; it must be a multiple of {unit}. The nearest is {nearest}"
         )
     if config.engine.kind == "auto":

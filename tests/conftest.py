@@ -22,9 +22,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Properties are tried on the same examples each time, so that a run tells of the code and not of its luck;
-# `--hypothesis-profile exploring` tries others.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("exploring", derandomize=False, print_blob=True)
+# `--hypothesis-profile exploring` tries others. No deadline: how long an example takes says how busy the machine is.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("exploring", derandomize=False, print_blob=True, deadline=None)
 settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]

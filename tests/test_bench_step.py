@@ -13,7 +13,8 @@ import torch
 from fastgpt_kernels import load_ops
 
 import fastgpt.cli
-from benchmarks import goals, gpu, report, results, step, step_table
+from benchmarks import goals, gpu, report, results, start, step, step_contenders, step_table
+from benchmarks.contenders import Unavailable
 from benchmarks.step_contenders import ABOUT
 from benchmarks.step_models import PlainGPT
 from benchmarks.step_process import ContenderFailed, Process, TimeIsOver
@@ -22,8 +23,9 @@ from fastgpt.config import ModelConfig
 from fastgpt.data.source import RandomSource
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.model.gpt import GPT, flops_per_token
+from fastgpt.model.gpt import GPT
 from fastgpt.settings import load_config
+from fastgpt.sizes import flops_per_token, parameter_count
 
 SETTINGS = """\
 out: runs/toy
@@ -65,8 +67,12 @@ class GPT(nn.Module):
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
 """
 VERSIONS = {"torch": "2", "triton": "3"}
-HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
-MEASURED = ["ours", "plain", "plain-fp32", *(["transformers"] if HAS_TRANSFORMERS else []), "nanogpt"]
+OPTIONAL = {"zero1": "deepspeed", "transformers": "transformers"}
+MEASURED = [
+    name
+    for name in ("ours", "zero1", "plain", "plain-fp32", "transformers", "nanogpt")
+    if name not in OPTIONAL or importlib.util.find_spec(OPTIONAL[name])
+]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,7 @@ def test_those_with_our_weights_begin_with_our_loss(measured):
     first = {row["contender"]: row["first_loss"] for row in record["parts"]["step-toy"]["benchmarks"]}
     # both in float32, so much closer than the rounding that a run allows
     assert first["plain-fp32"] == pytest.approx(first["ours"], rel=1e-6)
+    assert first.get("zero1", first["ours"]) == first["ours"]
     assert abs(first["plain"] - first["ours"]) <= step.allowed_difference(first["ours"])
 
 
@@ -340,24 +347,61 @@ def test_the_goals_of_steps_are_judged_beside_the_compiled_model():
     }
 
 
+@pytest.mark.parametrize(("seconds", "reached"), [(1.04, True), (1.06, False)])
+def test_zero_on_one_rank_is_to_take_at_most_a_twentieth_more_than_the_single_engine(seconds, reached):
+    about = {"operation": "step", "case": "gpt2-1558m T=1024", "direction": "update", "tokens_per_second": 1.0}
+    medians = {"ours": 0.9, "ours-no-graph": 1.0, "zero1": seconds}
+    rows = [about | {"contender": name, "median": median} for name, median in medians.items()]
+    (verdict,) = (v for v in goals.judge(rows) if "ZeRO-1" in v["goal"])
+    assert verdict["measured"] == 1.0 / seconds and verdict["reached"] is reached
+
+
 @pytest.mark.parametrize("scale", ["gpu", "cpu", "toy"])
 def test_every_part_of_the_gpus_turn_is_a_command_that_can_be_parsed(scale):
+    def options_of(part):
+        return fastgpt.cli._parse([{gpu.LINES: "lines", gpu.UNTIL: "1.0"}.get(word, word) for word in part.command[3:]])
+
+    (run,) = start.runs_of(options_of(gpu.start_for(scale)).config, options_of(gpu.start_for(scale)).overrides)
+    assert run.name == "quickstart" and (parameter_count(run.config.model) < 1e6) is (scale == "toy")
     for part in gpu.steps_for(scale, None):
-        words = [{gpu.LINES: "lines", gpu.UNTIL: "1.0"}.get(word, word) for word in part.command[3:]]
-        options = fastgpt.cli._parse(words)
+        options = options_of(part)
         case = step.case_of(str(gpu.ROOT / options.config), options.overrides, None)
         assert part.name == case.part
-        assert options.contenders.startswith("ours,pl") and set(options.contenders.split(",")) <= set(ABOUT)
+        assert options.contenders.startswith("ours,") and set(options.contenders.split(",")) <= set(ABOUT)
     assert [part.name for part in gpu.steps_for("gpu", None)] == [f"step-{name}" for name in gpu.STEPS]
 
 
 def test_who_cannot_take_part_says_why(faked):
-    code, part, started = faked("liger,reference,plain")
+    code, part, started = faked("liger,reference,ours-no-graph,plain")
     reasons = {row["contender"]: row.get("reason") for row in part["benchmarks"]}
     assert code == 0 and len(started) == 2  # the roofs, and who can
     assert reasons == {
-        "reference": "ours runs PyTorch's operations already", "plain": None, "liger": "it needs a GPU",
-    }  # fmt: skip
+        "reference": "ours runs PyTorch's operations already",
+        "ours-no-graph": "ours has no CUDA graph already",
+        "plain": None,
+        "liger": "it needs a GPU",
+    }
+
+
+def test_two_contenders_are_ours_but_for_one_setting(toy, monkeypatch):
+    job = step.case_of(str(toy), (), None).job
+    prepared = []
+
+    def prepare(build, config, **_):
+        prepared.append(config)
+
+    monkeypatch.setattr(step_contenders, "set_up", lambda config, *_, **__: config.model_copy())
+    monkeypatch.setattr(step_contenders, "prepare", prepare)
+    for name in ("ours", "ours-compile", "ours-no-graph"):
+        step_contenders.load(name, job)
+    plain, compiled, without_graph = (config.model_dump() for config in prepared)
+    assert (plain["engine"].pop("compile"), compiled["engine"].pop("compile")) == (False, True)
+    assert plain == compiled
+    assert (plain["engine"].pop("cuda_graph"), without_graph["engine"].pop("cuda_graph")) == (True, False)
+    assert plain["engine"] | {"compile": False} == without_graph["engine"]
+    assert "ours-compile" in step_contenders.defaults("cuda", None)
+    with pytest.raises(Unavailable, match="ours is compiled already"):
+        step_contenders.check_available("ours-compile", job._replace(config=prepared[1]))
 
 
 def test_lines_of_a_part_are_what_the_results_read(faked, toy, tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def test_the_whole_command_passes(command, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = results.read(next(tmp_path.iterdir()))
     assert list(record["parts"]) == [part.name for part in gpu.parts_for("toy", None)]
-    assert {row["operation"] for row in results.measured(record)} == OPERATIONS | {"step"}
+    assert {row["operation"] for row in results.measured(record)} == OPERATIONS | {"step", "start"}
 
 
 def part(name, program, share=1.0):
@@ -283,7 +283,9 @@ def test_every_operation_with_kernels_is_looked_at_by_the_sanitizer():
     memory, races = ([name for tool, name in checks if tool == each] for each in ("memcheck", "racecheck"))
     assert memory == list(sanitizer.CASES) and set(races) == {*sanitizer.CASES} - {*sanitizer.ELEMENT_BY_ELEMENT}
     assert [tool for tool, _ in checks] == sorted(tool for tool, _ in checks)
-    assert {"linear_gelu_fused", "adamw", "gradient_norm", *Ops._fields[1:]} == {*sanitizer_case.CASES, "linear_gelu"}
+    ours = {"linear_gelu_fused", "adamw", "gradient_norm", *Ops._fields[1:]}
+    # cuBLAS computes these
+    assert ours == {*sanitizer_case.CASES, "linear_gelu", "logits"}
     assert {"forward_kernel", "_dropout_kernel", "_update_kernel"} <= set(sanitizer.kernel_names())
 
 
@@ -358,10 +360,13 @@ def test_every_goal_is_of_a_case_that_is_measured():
         "causal_attention": shapes.ATTENTION, "layer_norm": shapes.NORMS, "add_layer_norm": shapes.ADDED_NORMS,
         "bias_gelu": shapes.MLPS, "cross_entropy": shapes.LOSSES, "adamw": shapes.MODELS,
     }  # fmt: skip
-    for goal in goals.goals():
+    for goal in goals.goals("gpu"):
         if goal.operation == "step":
             measured = gpu.STEPS[goal.case.removesuffix(" T=1024")].gpu.split(",")
             assert {goal.ours, *([goal.other[0]] if goal.other else [])} <= set(measured)
+            continue
+        if goal.operation == "start":
+            assert goal.case == "help" or f"configs/{goal.case}.yaml" in gpu.start_for("gpu").command
             continue
         assert goal.case in cases[goal.operation]["gpu"]
         if goal.other:

@@ -65,6 +65,7 @@ BAD_TRAIN = {
     "no such corpus": ("data.path=nowhere.txt", "nowhere.txt"),
     "no such tokenizer": ("data.tokenizer=nowhere", "nowhere"),
     "a context longer than the text": ("model.context=65536 train.batch_tokens=131072", "context"),
+    "a choice that is neither": ("engine.compile=maybe", "engine.compile must be true or false, not 'maybe'"),
     "a number of steps without end": ("train.steps=1000000000000000000000000000000", "train.steps must be"),
     "a word that is no setting": ("faster", "'faster' is not a setting of the form key.sub=value"),
     "an option that does not exist": ("--fast", "--fast is not an argument"),
@@ -141,6 +142,7 @@ def test_damaged_shards_are_one_line(
     shutil.copytree(shards, copy)
     damage(copy)
     assert said in refused(["train", str(own), f"data.path={copy}"], capsys)
+    assert not (own.parent / "run").exists()
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_one_line(
@@ -192,6 +194,20 @@ def test_settings_are_refused_before_anything_heavy_is_imported(own: Path, envir
         text=True,
     )
     assert outcome.stdout.strip() == "2 []"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["bench", "start", "--help"]])
+def test_help_loads_nothing_heavy(words: list[str], environment: dict[str, str]) -> None:
+    program = (
+        "import sys, contextlib; from fastgpt.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(sys.argv[1:])\n"
+        "print({m.partition('.')[0] for m in sys.modules} - {*sys.stdlib_module_names, '__main__'}, file=sys.stderr)"
+    )
+    # without `site`, whose .pth files load what they like
+    outcome = subprocess.run(
+        [sys.executable, "-S", "-c", program, *words], env=environment, capture_output=True, text=True
+    )
+    assert outcome.stdout.startswith("usage: fastgpt") and outcome.stderr.strip() == "{'fastgpt'}"
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(

@@ -6,6 +6,8 @@ import pytest
 
 from fastgpt.config import Config
 from fastgpt.errors import UserError
+from fastgpt.model import parameter_count
+from fastgpt.ramp import batch_tokens
 from fastgpt.settings import dump_config, known_settings, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
@@ -42,6 +44,42 @@ def test_every_shipped_file_loads(path: Path) -> None:
 
 def test_there_are_shipped_files() -> None:
     assert {p.stem for p in CONFIGS} >= {"quickstart", "gpt1-117m", "gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m"}
+
+
+# of the GPT-3 paper's table 2.1; heads of 1.3B and width of 13B as they must be
+GPT_3 = {
+    "125m": (12, 768, 12, 125e6, 0.5e6, 6.0e-4),
+    "350m": (24, 1024, 16, 350e6, 0.5e6, 3.0e-4),
+    "760m": (24, 1536, 16, 760e6, 0.5e6, 2.5e-4),
+    "1.3b": (24, 2048, 16, 1.3e9, 1e6, 2.0e-4),
+    "2.7b": (32, 2560, 32, 2.7e9, 1e6, 1.6e-4),
+    "6.7b": (32, 4096, 32, 6.7e9, 2e6, 1.2e-4),
+    "13b": (40, 5120, 40, 13.0e9, 2e6, 1.0e-4),
+    "175b": (96, 12288, 96, 175.0e9, 3.2e6, 0.6e-4),
+}
+
+
+@pytest.mark.parametrize("name", GPT_3)
+def test_a_shipped_gpt_3_is_that_of_the_paper(name: str) -> None:
+    layers, width, heads, parameters, batch, rate = GPT_3[name]
+    config = load_config(CONFIGS[0].parent / f"gpt3-{name}.yaml")
+    model, train = config.model, config.train
+    assert (model.n_layer, model.n_embd, model.n_head, model.context) == (layers, width, heads, 2048)
+    assert (model.attention, train.lr, train.clip, train.weight_decay) == ("alternating", rate, 1.0, 0.1)
+    assert (train.beta1, train.beta2, train.eps) == (0.9, 0.95, 1e-8)
+    assert train.min_lr == pytest.approx(rate / 10)
+    assert parameter_count(model) == pytest.approx(parameters, rel=0.02)
+    assert train.batch_tokens == pytest.approx(batch, rel=0.05)
+
+
+@pytest.mark.parametrize("name", GPT_3)
+def test_a_shipped_gpt_3_counts_the_papers_tokens_in_updates(name: str) -> None:
+    config = load_config(CONFIGS[0].parent / f"gpt3-{name}.yaml")
+    train, sizes = config.train, batch_tokens(config)
+    assert train.decay_steps is not None
+    for steps, tokens in ((train.warmup_steps, 375e6), (train.decay_steps, 260e9), (train.steps, 300e9)):
+        assert sizes.before(steps + 1) == pytest.approx(tokens, abs=train.batch_tokens)
+    assert train.batch_ramp_tokens in (4e9, 8e9, 12e9)
 
 
 def test_scientific_notation_without_a_point_is_a_number(good: Path) -> None:
@@ -102,11 +140,46 @@ IN_FILE = {
         GOOD.replace("n_embd: 32", "n_embd: 33"),
         ":5: model.n_embd must be a multiple of model.n_head (2), not 33. The nearest is 32",
     ),
+    "the paper's heads of a GPT-3 of 1.3B": (
+        GOOD.replace("n_head: 2", "n_head: 24").replace("n_embd: 32", "n_embd: 2048"),
+        ":5: model.n_embd must be a multiple of model.n_head (24), not 2048. The GPT-3 paper prints 24 heads of 128 "
+        "for its 1.3B model, but 24 x 128 is 3072: use 16 heads",
+    ),
+    "the paper's width of a GPT-3 of 13B": (
+        GOOD.replace("n_head: 2", "n_head: 40").replace("n_embd: 32", "n_embd: 5140"),
+        ":5: model.n_embd must be a multiple of model.n_head (40), not 5140. The GPT-3 paper prints a width of 5140 "
+        "for its 13B model, but its 40 heads of 128 make 5120",
+    ),
+    "bands without a width": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  attention: alternating"),
+        ":2: model.window must be an integer of 1 to 16 where model.attention is alternating",
+    ),
+    "a width without bands": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  window: 4"),
+        ":4: model.window is 4, but model.attention is dense: leave it out, or use attention: alternating",
+    ),
+    "a band wider than the context": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  attention: alternating\n  window: 17"),
+        ":5: model.window must be at most model.context (16), not 17",
+    ),
+    "a slip in a pattern": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  attention: alternate"),
+        ":4: model.attention must be one of dense, alternating, not 'alternate'. Did you mean alternating?",
+    ),
     "a batch that is not whole": (
         GOOD.replace("batch_tokens: 64", "batch_tokens: 65"),
         ":12: train.batch_tokens must be a multiple of train.micro_batch_size x model.context (2 x 16 = 32), not 65",
     ),
+    "a ramp that starts with no whole batch": (
+        GOOD + "  batch_ramp_tokens: 500\n  batch_ramp_start: 48\n",
+        ":16: train.batch_ramp_start must be a multiple of train.micro_batch_size x model.context (32) that divides "
+        "train.batch_tokens (64), not 48",
+    ),
     "a floor above the rate": (GOOD + "  min_lr: 1\n", ":15: train.min_lr must be at most train.lr"),
+    "an early end of no cosine": (
+        GOOD + "  decay_steps: 2\n  schedule: constant\n",
+        ":15: train.decay_steps is for train.schedule: cosine, not constant",
+    ),
     "an unknown word of a choice": (
         GOOD + "engine:\n  precision: bf61\n",
         ":16: engine.precision must be one of auto, fp32, bf16, fp16, not 'bf61'. Did you mean bf16?",

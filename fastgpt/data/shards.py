@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +47,23 @@ class TokenShards:
         manifest = read_manifest(folder)
         if split not in manifest.splits:
             raise UserError(f"{folder}: no split {split!r}; it has {' and '.join(manifest.splits)}")
-        check_files(folder, manifest, split, verify=verify)
-        return cls(folder, split, manifest)
+        check_sizes(folder, manifest, split)
+        shards = cls(folder, split, manifest)
+        if verify:
+            shards.verify()
+        return shards
+
+    def verify(self) -> None:
+        """Read all files; raises UserError for the first one with another SHA-256 than the manifest says."""
+        files = files_of(self.manifest, self.split)
+        with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+            checksums = pool.map(file_sha256, [self.folder / file.name for file in files])
+            for file, found in zip(files, checksums, strict=True):
+                if found != file.sha256:
+                    raise UserError(
+                        f"{self.folder / file.name}: its bytes have changed: expected SHA-256 {file.sha256}, "
+                        f"found {found}; prepare the text again"
+                    )
 
     def __len__(self) -> int:
         return self._split.tokens
@@ -99,9 +114,12 @@ class TokenShards:
         rows = np.empty((len(starts), length), np.int64)
         shards = np.searchsorted(self._starts, starts, side="right") - 1
         offsets = starts - self._starts[shards]
-        for row, start, shard, offset in zip(rows, starts.tolist(), shards.tolist(), offsets.tolist(), strict=True):
+        for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
             ids = self._arrays[shard][offset : offset + length]
-            row[:] = ids if len(ids) == length else self.slice(start, start + length)
+            if len(ids) < length:
+                start = int(starts[row])
+                ids = self.slice(start, start + length)
+            rows[row] = ids
         return rows
 
 
@@ -112,32 +130,35 @@ def map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype, mode="r").view(np.ndarray)  # plain: memmap's own slicing is several times slower
 
 
-def check_files(folder: Path, manifest: Manifest, split: str, *, verify: bool) -> None:
-    """Raise UserError for the first file of a split that is missing, has another size, or another SHA-256."""
+class ExpectedFile(NamedTuple):
+    """What the manifest says of a file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def files_of(manifest: Manifest, split: str) -> list[ExpectedFile]:
+    """The files of a split."""
     itemsize = np.dtype(manifest.dtype).itemsize
     content = manifest.splits[split]
-    expected = [(shard.file, shard.tokens * itemsize, shard.sha256) for shard in content.shards]
-    expected.append((content.boundaries.file, content.documents * BOUNDARY_DTYPE.itemsize, content.boundaries.sha256))
-    for name, size, _ in expected:
-        path = folder / name
+    files = [ExpectedFile(shard.file, shard.tokens * itemsize, shard.sha256) for shard in content.shards]
+    boundaries = content.boundaries
+    return [*files, ExpectedFile(boundaries.file, content.documents * BOUNDARY_DTYPE.itemsize, boundaries.sha256)]
+
+
+def check_sizes(folder: Path, manifest: Manifest, split: str) -> None:
+    """Raise UserError for the first file of a split that is missing or has another size."""
+    for file in files_of(manifest, split):
+        path = folder / file.name
         try:
             found = path.stat().st_size
         except OSError as error:
             raise UserError(
-                f"{path}: expected a file of {size} bytes: {error.strerror}; prepare the text again"
+                f"{path}: expected a file of {file.bytes} bytes: {error.strerror}; prepare the text again"
             ) from None
-        if found != size:
-            raise UserError(f"{path}: expected {size} bytes, found {found}; prepare the text again")
-    if not verify:
-        return
-    with ThreadPoolExecutor(min(len(expected), os.cpu_count() or 1)) as pool:
-        checksums = pool.map(file_sha256, [folder / name for name, _, _ in expected])
-        for (name, _, sha256), found_sha256 in zip(expected, checksums, strict=True):
-            if found_sha256 != sha256:
-                raise UserError(
-                    f"{folder / name}: its bytes have changed: expected SHA-256 {sha256}, found {found_sha256}; "
-                    "prepare the text again"
-                )
+        if found != file.bytes:
+            raise UserError(f"{path}: expected {file.bytes} bytes, found {found}; prepare the text again")
 
 
 def file_sha256(path: Path) -> str:

@@ -10,6 +10,11 @@ import numpy.typing as npt
 from fastgpt.data.sampler import Sampler, key, keyed
 from fastgpt.data.shards import TokenShards
 from fastgpt.errors import UserError
+from fastgpt.ramp import BatchSizes
+
+# Updates are made in groups of about so many tokens, 512 KB of them: to find the places of a few samples takes as long
+# as to find those of hundreds, and what is made ahead stays in a core's cache until it is used.
+GROUP_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -35,38 +40,47 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """How a global batch is cut up: `micro_batches` of `micro_batch_size` samples, dealt to the ranks in turn."""
+    """How a global batch is cut up: micro-batches of `micro_batch_size` samples, dealt to the ranks in turn."""
 
     micro_batch_size: int
-    micro_batches: int
+    micro_batches: BatchSizes
     rank: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.micro_batches % self.world_size:
+        smallest = self.micro_batches.of(1)  # of which the others are multiples
+        if smallest % self.world_size:
             raise UserError(
-                f"{self.micro_batches} micro-batches an update cannot be dealt evenly to {self.world_size} ranks; "
+                f"{smallest} micro-batches an update cannot be dealt evenly to {self.world_size} ranks; "
                 f"make the batch a multiple of {self.world_size} micro-batches"
             )
 
-    @property
-    def indices(self) -> tuple[int, ...]:
-        """The micro-batches of this rank, by their places in the global batch."""
-        return tuple(range(self.rank, self.micro_batches, self.world_size))
+    def indices(self, step: int) -> tuple[int, ...]:
+        """The micro-batches of this rank at update `step`, by their places in the global batch."""
+        return tuple(range(self.rank, self.micro_batches.of(step), self.world_size))
 
-    def samples(self, step: int) -> npt.NDArray[np.int64]:
-        """The global numbers of this rank's samples at update `step`, (its micro-batches, micro-batch size)."""
-        first = (step - 1) * self.micro_batches * self.micro_batch_size
-        micro_batches = np.asarray(self.indices, np.int64)[:, None] * self.micro_batch_size
-        return first + micro_batches + np.arange(self.micro_batch_size)
+    def size(self, step: int) -> int:
+        """This rank's samples of update `step`."""
+        return len(self.indices(step)) * self.micro_batch_size
+
+    def samples(self, steps: range) -> npt.NDArray[np.int64]:
+        """The global numbers of this rank's samples, (updates `steps`, its micro-batches, micro-batch size).
+
+        The updates are of one size.
+        """
+        size = self.micro_batches.of(steps[0])
+        firsts = self.micro_batches.before(steps[0]) + size * np.arange(len(steps), dtype=np.int64)
+        micro_batches = np.asarray(self.indices(steps[0]), np.int64)
+        places = (firsts[:, None] + micro_batches) * self.micro_batch_size
+        return places[:, :, None] + np.arange(self.micro_batch_size)
 
 
 class ShardSource:
     """Windows of `context` + 1 tokens, in shuffled order, epoch after epoch.
 
-    Update k trains on samples [(k - 1) S, k S) with S = micro_batches * micro_batch_size; micro-batch i of the global
-    batch holds the i-th run of them, and rank r takes those with i % world_size == r. Window edges move from epoch to
-    epoch. Raises UserError where the text is too short for one window.
+    Update k trains on the samples that follow those of updates 1 to k - 1; micro-batch i of the global batch holds the
+    i-th run of them, and rank r takes those with i % world_size == r. Window edges move from epoch to epoch. Raises
+    UserError where the text is too short for one window.
     """
 
     def __init__(
@@ -74,7 +88,7 @@ class ShardSource:
         shards: TokenShards,
         context: int,
         micro_batch_size: int,
-        micro_batches: int,
+        micro_batches: int | BatchSizes,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -87,7 +101,7 @@ class ShardSource:
         self.context = context
         self.windows = max(1, (len(shards) - context) // context)
         self._shards = shards
-        self._share = Share(micro_batch_size, micro_batches, rank, world_size)
+        self._share = Share(micro_batch_size, sizes_of(micro_batches), rank, world_size)
         self._sampler = Sampler(self.windows, seed)
         self._shift_key = key(seed, "shift")
         # The windows of an epoch can begin at any of these first tokens: the last one still fits.
@@ -95,16 +109,25 @@ class ShardSource:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches for updates start + 1, start + 2 and so on."""
-        step = start + 1
+        first = start + 1
         while True:
-            yield self.batch(step)
-            step += 1
+            group = max(1, GROUP_TOKENS // (self._share.size(first) * self.context))
+            steps = self._share.micro_batches.alike(first, group)
+            yield from self._batches(steps)
+            first = steps.stop
 
     def batch(self, step: int) -> Batch:
         """The batch for update `step`, counting from 1."""
-        samples = self._share.samples(step)
+        [batch] = self._batches(range(step, step + 1))
+        return batch
+
+    def _batches(self, steps: range) -> Iterator[Batch]:
+        """The batches for updates `steps`, which are of one size, made at once."""
+        samples = self._share.samples(steps)
         tokens = self._shards.gather(self.positions(samples).ravel(), self.context + 1)
-        return Batch(step, tokens.reshape(*samples.shape, self.context + 1), self._share.indices)
+        indices = self._share.indices(steps[0])
+        for step, update in zip(steps, tokens.reshape(*samples.shape, self.context + 1), strict=True):
+            yield Batch(step, update, indices)
 
     def positions(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where in the stream the windows of `samples` (global sample numbers) begin, in the same shape."""
@@ -120,7 +143,7 @@ class RandomSource:
         vocab_size: int,
         context: int,
         micro_batch_size: int,
-        micro_batches: int,
+        micro_batches: int | BatchSizes,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -128,7 +151,7 @@ class RandomSource:
         self._vocab_size = vocab_size
         self._context = context
         self._seed = seed % 2**64
-        self._share = Share(micro_batch_size, micro_batches, rank, world_size)
+        self._share = Share(micro_batch_size, sizes_of(micro_batches), rank, world_size)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches for updates start + 1, start + 2 and so on."""
@@ -137,7 +160,12 @@ class RandomSource:
             shape = (self._share.micro_batch_size, self._context + 1)
             tokens = [
                 np.random.default_rng((self._seed, step, index)).integers(self._vocab_size, size=shape)
-                for index in self._share.indices
+                for index in self._share.indices(step)
             ]
-            yield Batch(step, np.stack(tokens), self._share.indices)
+            yield Batch(step, np.stack(tokens), self._share.indices(step))
             step += 1
+
+
+def sizes_of(micro_batches: int | BatchSizes) -> BatchSizes:
+    """The micro-batches of every update; a number is that of all."""
+    return BatchSizes(micro_batches) if isinstance(micro_batches, int) else micro_batches

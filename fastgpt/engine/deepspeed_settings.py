@@ -13,6 +13,8 @@ def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[
     accumulation under bf16 and fp16, and refuses the key; the engine says so in the log.
     """
     stage, low = config.engine.zero_stage, precision != "fp32"
+    # one rank has nothing to reduce: no second stream to wait for, no parts of gradients to copy to their owners
+    shared = world_size > 1 or stage == 3
     initial = LossScale()
     settings: dict[str, Any] = {
         "train_batch_size": config.micro_batches * config.train.micro_batch_size,
@@ -20,7 +22,8 @@ def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[
         "gradient_accumulation_steps": config.micro_batches // world_size,
         # at stage 0 in fp32 DeepSpeed clips without telling the norm: there the engine clips
         "gradient_clipping": 0.0 if stage == 0 and not low else config.train.clip or 0.0,
-        "bf16": {"enabled": precision == "bf16"},
+        # stage 1: gradients go into their fp32 sums as they come, and none is left over to be cleared
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "fp16": {
             "enabled": precision == "fp16",
             "loss_scale": 0,
@@ -31,12 +34,15 @@ def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[
         },
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": config.engine.overlap_comm,
+            "overlap_comm": config.engine.overlap_comm and shared,
+            "reduce_scatter": shared,
             "reduce_bucket_size": config.engine.reduce_bucket_size,
             "allgather_bucket_size": config.engine.reduce_bucket_size,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        # it would wait for the device before every forward pass
+        "timers": {"throughput": {"enabled": False}},
     }
     if stage > 0 or not low:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

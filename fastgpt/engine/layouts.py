@@ -7,11 +7,13 @@ loading.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastgpt.engine.one_pass import in_one_pass
 from fastgpt.engine.precision import LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.state import Fragment
@@ -109,21 +111,12 @@ class FlatLayout:
 
     def _groups(self) -> Iterator[tuple[list[Tensor], list[int], Tensor]]:
         """Each group's weights, their offsets in the flat buffer, and this rank's part of the masters."""
-        wrapper = self._wrapper
-        if hasattr(wrapper, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1 in bf16
-            for weights, part in zip(wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, strict=True):
-                offsets, position = [], 0
-                for weight in weights:
-                    offsets.append(position)
-                    position += weight.numel()
-                yield weights, offsets, part
-        else:  # DeepSpeedZeroOptimizer
-            yield from zip(
-                wrapper.round_robin_bit16_groups,
-                wrapper.round_robin_bit16_offsets,
-                wrapper.single_partition_of_fp32_groups,
-                strict=True,
-            )
+        yield from zip(
+            self._wrapper.round_robin_bit16_groups,
+            self._wrapper.round_robin_bit16_offsets,
+            self._wrapper.single_partition_of_fp32_groups,
+            strict=True,
+        )
 
     def fragments(self) -> Iterator[Fragment]:
         """The parts of parameters that fall into this rank's part of the buffer."""
@@ -146,6 +139,19 @@ class FlatLayout:
     def set_loss_scale(self, scale: LossScale) -> None:
         """Go on with a loss scale."""
         _set_loss_scale(self._wrapper.loss_scaler, scale)
+
+
+class Bf16Layout(FlatLayout):
+    """Stage 1 in bf16 (BF16_Optimizer), which keeps the same under other names, and is taught to update in one pass."""
+
+    def __init__(self, wrapper: Any, names: dict[int, str], ranks: Ranks) -> None:
+        super().__init__(wrapper, names, ranks)
+        in_one_pass(wrapper)
+
+    def _groups(self) -> Iterator[tuple[list[Tensor], list[int], Tensor]]:
+        for weights, part in zip(self._wrapper.bf16_groups, self._wrapper.fp32_groups_flat_partition, strict=True):
+            offsets = list(accumulate((weight.numel() for weight in weights[:-1]), initial=0))
+            yield weights, offsets, part
 
 
 class ShardedLayout:
@@ -192,6 +198,8 @@ def layout_of(wrapper: Any, stage: int, weights: Mapping[str, Tensor], ranks: Ra
     names = {id(p): name for name, p in weights.items()}
     if stage == 3:
         return ShardedLayout(wrapper, names, ranks)
+    if hasattr(wrapper, "bf16_groups"):
+        return Bf16Layout(wrapper, names, ranks)
     if stage in (1, 2):
         return FlatLayout(wrapper, names, ranks)
     if isinstance(wrapper, torch.optim.Optimizer):

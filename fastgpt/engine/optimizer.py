@@ -56,6 +56,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def updates_applied(optimizer: torch.optim.Optimizer) -> int:
+    """Updates that were not skipped: the optimizer counts them, on the device, for which this waits."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
 def gradient_factor(norm: Tensor, clip: float | None, scale: float) -> Tensor:
     """What brings the sum of gradients times a loss scale to a norm of at most `clip`, on the device of the norm.
 

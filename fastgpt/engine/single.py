@@ -11,10 +11,11 @@ from torch import Tensor
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.cuda_graph import CudaGraphs, GraphedMicroStep, Recorder
 from fastgpt.engine.main_gradients import MainGradients
 from fastgpt.engine.micro_step import MicroStep
-from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate
+from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
 from fastgpt.engine.phases import Phases
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
@@ -43,6 +44,8 @@ class SingleProcess:
         self._device = device
         self._model = build().to(DTYPES[precision]).to(device)
         initialise(self._model, config.train.seed)
+        if config.engine.compile:
+            compile_blocks(self._model.blocks)
         self._weights = dict(self._model.named_parameters())
         self._low = precision != "fp32"
         # the master starts from the rounded weight, as it does under DeepSpeed
@@ -84,9 +87,10 @@ class SingleProcess:
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
         scale = self._scale.scale if self._scale else 1.0
+        factor = scale / len(batch.micro_batches)  # which a ramp of the batch changes
         self._micro_step.start_update()
         losses = [
-            self._micro_step(tokens, dropout_seed(self._config, self.step, index), scale / self._config.micro_batches)
+            self._micro_step(tokens, dropout_seed(self._config, self.step, index), factor)
             for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
         ]
         with self.phases("optimizer"):
@@ -126,7 +130,7 @@ class SingleProcess:
     def write(self, folder: Path) -> None:
         """Write masters and moments."""
         scale = self._scale or LossScale()
-        progress = Progress(self.step, self._updates_applied(), scale.scale, scale.clean)
+        progress = Progress(self.step, updates_applied(self._optimizer), scale.scale, scale.clean)
         write_state(folder, 0, self._fragments(), self._optimizer, progress)
 
     def read(self, folder: Path) -> None:
@@ -143,10 +147,6 @@ class SingleProcess:
     @torch.no_grad()
     def _round_masters(self) -> None:
         torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
-
-    def _updates_applied(self) -> int:
-        """The optimizer counts them, on the device."""
-        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
     def _fragments(self) -> list[Fragment]:
         return [Fragment(name, 0, m.numel(), m, 0) for name, m in self._masters.items()]

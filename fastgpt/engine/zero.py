@@ -10,6 +10,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from fastgpt_kernels import grad_norm
 from torch import Tensor
@@ -17,10 +19,12 @@ from torch import Tensor
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.host import to_device
 from fastgpt.engine.layouts import PlainLayout, layout_of
-from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate
+from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
+from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -39,9 +43,10 @@ class DeepSpeedZero:
     def __init__(
         self, build: Callable[[], GPT], config: Config, precision: str, device: torch.device, ranks: Ranks
     ) -> None:
-        deepspeed = _import_deepspeed(device)
+        deepspeed = _import_deepspeed(device, ranks.local_rank)
         self.ranks = ranks
         self.step = 0
+        self.phases: Phases = unobserved
         self._config = config
         self._device = device
         self._precision = precision
@@ -59,8 +64,9 @@ class DeepSpeedZero:
             # takes over torch's process group, which ZeRO-3's sharded construction needs already
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
             self._model = self._build(build, deepspeed, settings)
+        if config.engine.compile:
+            self._compile(deepspeed)
         self._weights = dict(self._model.named_parameters())
-        self._adam_step = 0
         shapes = {name: _shape(p) for name, p in self._weights.items()}
         optimizer = adam(self._weights, shapes, config.train, config.kernels)
         with _prints_logged():
@@ -76,26 +82,25 @@ class DeepSpeedZero:
         rate = learning_rate(self.step, self._config.train)
         set_learning_rate(self._layout.optimizer, rate)
         self._sampler = None
-        skipped, norm = self._engine.skipped_steps, math.nan
-        losses = []
+        skipped = self._engine.skipped_steps
+        losses: list[Tensor] = []
         self._engine.train()
+        self._accumulate_over(len(batch.tokens))
         for position, (tokens, index) in enumerate(zip(batch.tokens, batch.micro_batches, strict=True)):
-            loss = self._loss(to_device(tokens, self._device), index)
-            self._engine.backward(loss)
-            if position == len(batch.tokens) - 1 and isinstance(self._layout, PlainLayout):
-                norm = self._clip()
+            if losses:
+                self._engine.step()  # counts micro-batches: the step after the last one is the update
+            self._engine.set_gradient_accumulation_boundary(position == len(batch.tokens) - 1)
+            losses.append(self._accumulate(tokens, index))
+        with self.phases("optimizer"):
+            norm = self._clip() if isinstance(self._layout, PlainLayout) else None
             self._engine.step()
-            losses.append(loss.detach())
-        if isinstance(self._layout, PlainLayout):
-            applied = math.isfinite(norm)
-        else:
-            applied = self._engine.skipped_steps == skipped
-            norm = self._engine.get_global_grad_norm()
-        self._adam_step += applied
+        if norm is None:
+            norm = self._engine.get_global_grad_norm() if self._engine.skipped_steps == skipped else math.inf
 
         def read(step: int = self.step) -> Update:
-            size = float(norm) if applied else math.inf
-            return Update(step, global_loss(self.ranks, losses), size, rate, applied)
+            loss, size = global_loss(self.ranks, losses), float(norm)
+            applied = math.isfinite(size)
+            return Update(step, loss, size if applied else math.inf, rate, applied)
 
         return Pending(read, done=self._device.type == "cpu")
 
@@ -125,7 +130,7 @@ class DeepSpeedZero:
     def write(self, folder: Path) -> None:
         """Write the fp32 pieces that this rank owns."""
         scale = self._layout.loss_scale() if self._precision == "fp16" else LossScale()
-        progress = Progress(self.step, self._adam_step, scale.scale, scale.clean)
+        progress = Progress(self.step, updates_applied(self._layout.optimizer), scale.scale, scale.clean)
         fragments = list(self._layout.fragments())
         write_state(folder, self.ranks.rank, fragments, self._layout.optimizer, progress)
 
@@ -133,7 +138,7 @@ class DeepSpeedZero:
         """Take up a training state, whatever engine and world size wrote it."""
         check_parameters(folder, list(self._weights))
         progress = read_state(folder, list(self._layout.fragments()), self._layout.optimizer)
-        self.step, self._adam_step = progress.step, progress.adam_step
+        self.step = progress.step
         if self._precision == "fp16":
             self._layout.set_loss_scale(restored_scale(progress))
         self._layout.refresh_weights()
@@ -154,16 +159,38 @@ class DeepSpeedZero:
                     parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))
         return model
 
-    def _loss(self, tokens: Tensor, micro_batch: int) -> Tensor:
-        """Mean loss of one micro-batch, tokens (B, T + 1)."""
-        loss: Tensor = self._engine(
-            tokens[:, :-1],
-            targets=tokens[:, 1:],
-            dropout_seed=dropout_seed(self._config, self.step, micro_batch),
-            checkpoint_activations=self._config.train.activation_checkpointing,
-            loss_gradient=self._loss_gradient(),
-        )
-        return loss
+    def _compile(self, deepspeed: Any) -> None:
+        """Compile the blocks, before DeepSpeed puts its hooks into the model."""
+        for block in self._model.blocks if self._stage == 3 else ():
+            # within a graph no module can gather its parameters: the block gathers all of them around it
+            deepspeed.utils.set_z3_leaf_module(block, True)
+        compile_blocks(self._model.blocks)
+
+    def _accumulate(self, tokens: npt.NDArray[np.int64], micro_batch: int) -> Tensor:
+        """Add one micro-batch's gradient to those of the update; returns its mean loss. tokens (B, T + 1)."""
+        with self.phases("data"):
+            x = to_device(tokens, self._device)
+        with self.phases("forward"):
+            loss: Tensor = self._engine(
+                x[:, :-1],
+                targets=x[:, 1:],
+                dropout_seed=dropout_seed(self._config, self.step, micro_batch),
+                checkpoint_activations=self._config.train.activation_checkpointing,
+                loss_gradient=self._loss_gradient(),
+            )
+        with self.phases("backward"):
+            self._engine.backward(loss)
+        return loss.detach()
+
+    def _accumulate_over(self, micro_batches: int) -> None:
+        """Let the coming update have so many micro-batches a rank, as the ramp of the batch asks.
+
+        The engine's own count of micro-batches, modulo their number, would lose the boundary of an update where that
+        number changes: each micro-batch is told whether it is the last one.
+        """
+        if micro_batches != self._engine.gradient_accumulation_steps():
+            ranks, size = self.ranks.world_size, self._config.train.micro_batch_size
+            self._engine.set_train_batch_size(micro_batches * size * ranks)
 
     def _loss_gradient(self) -> float | None:
         """What DeepSpeed's `backward` multiplies the loss by."""
@@ -208,13 +235,14 @@ def _not_about_our_optimizer(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def _import_deepspeed(device: torch.device, local_rank: int) -> Any:
     """DeepSpeed, quiet, and told which accelerator it is on.
 
     Raises:
         UserError: it is not installed.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # which only a launcher would have set
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has renamed: nothing that a user could change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -3,8 +3,9 @@
 from fastgpt_kernels import Ops
 
 from fastgpt.config import ModelConfig
-from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
+from fastgpt.model.gpt import GPT
 from fastgpt.model.init import initialise
+from fastgpt.sizes import flops_per_token, parameter_count
 
 __all__ = ["GPT", "build_model", "flops_per_token", "parameter_count"]
 

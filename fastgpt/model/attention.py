@@ -10,11 +10,16 @@ from fastgpt.model.layers import Linear
 
 
 class CausalSelfAttention(nn.Module):
-    """x (B, T, N) -> (B, T, N): each position reads itself and those before it."""
+    """x (B, T, N) -> (B, T, N): each position reads itself and those before it, of these the nearest with a window.
 
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    Windows in every other layer are GPT-3's "locally banded" pattern (Brown et al. 2020, section 2.1, after Child et
+    al. 2019, "Generating Long Sequences with Sparse Transformers").
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops, window: int | None = None) -> None:
         super().__init__()
         self.heads = config.n_head
+        self.window = window
         self.ops = ops
         self.qkv = Linear(config.n_embd, 3 * config.n_embd)
         self.out = Linear(config.n_embd, config.n_embd)
@@ -30,6 +35,6 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache.append(qkv)
             if cache.start:
-                q = qkv[:, 0, 0]
-                return self.ops.decode_attention(q, cache.keys, cache.values, cache.lengths).unsqueeze(1)
-        return self.ops.causal_attention(qkv, dropout_p=masks.p, seed=masks.seed_at(Site.ATTENTION_WEIGHTS))
+                return self.ops.decode_attention(qkv[:, 0, 0], *cache.seen(self.window)).unsqueeze(1)
+        seed = masks.seed_at(Site.ATTENTION_WEIGHTS)
+        return self.ops.causal_attention(qkv, dropout_p=masks.p, seed=seed, window=self.window)

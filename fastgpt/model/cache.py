@@ -26,6 +26,13 @@ class LayerCache(NamedTuple):
         self.keys[:, :, self.start : stop] = k
         self.values[:, :, self.start : stop] = v
 
+    def seen(self, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and lengths that one more token reads, which is appended already: all, or a window's."""
+        if window is None or self.start < window:
+            return self.keys, self.values, self.lengths
+        first = self.start + 1 - window
+        return self.keys[:, :, first:], self.values[:, :, first:], self.lengths - first
+
 
 class KeyValueCache:
     """Room for the keys and values of `capacity` tokens of each of `batch` texts, in every layer of a model.

@@ -62,8 +62,16 @@ def to_hugging_face(model: GPT) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, in their own dtype, and the config.json of the same model in transformers.
 
     The tied `lm_head.weight` is left out, as transformers leaves it out of its files.
+
+    Raises:
+        UserError: neither of the two models of transformers computes what this one does.
     """
     config = model.config
+    if config.attention != "dense":
+        raise UserError(
+            f"model.attention: {config.attention} cannot be written for transformers: its GPT-2 and OpenAI GPT read "
+            "all earlier positions in every layer; only models with attention: dense can"
+        )
     kind = "gpt2" if config.norm == "pre" else "openai-gpt"
     state = {}
     for name, parameter in model.named_parameters():

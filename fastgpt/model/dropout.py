@@ -27,10 +27,19 @@ class Masks(NamedTuple):
 
     p: float
     seeds: Tensor | None  # (sites,) int64, on the layer's device; None where p is 0
+    entering: Tensor | None = None  # the seed at the MLP output of the layer before, whose branch may still be open
 
     def seed_at(self, site: Site) -> Tensor | None:
         """The seed of the mask at a site, one int64 unlike that of any other site or layer."""
         return None if self.seeds is None else self.seeds[site]
+
+
+def masks_of_layers(p: float, seeds: Tensor | None, layers: int) -> list[Masks]:
+    """The dropout of each layer, by the table of `dropout_seeds` on the layers' device; None where p is 0."""
+    if seeds is None:
+        return [Masks(p, None)] * layers
+    first = Masks(p, seeds[0])
+    return [first, *(Masks(p, seeds[i], seeds[i - 1, Site.MLP_OUTPUT]) for i in range(1, layers))]
 
 
 def dropout_seeds(seed: int, layers: int) -> Tensor:

@@ -4,15 +4,15 @@ import torch
 from fastgpt_kernels import Ops
 from fastgpt_kernels.checks import Reduction
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model.block import PostNormBlock, PreNormBlock
 from fastgpt.model.cache import KeyValueCache
-from fastgpt.model.dropout import Masks, Site, dropout_seeds
+from fastgpt.model.dropout import Site, dropout_seeds, masks_of_layers
 from fastgpt.model.heads import language_model_loss
-from fastgpt.model.layers import LayerNorm, PositionEmbedding, TiedEmbedding
+from fastgpt.model.layers import AddLayerNorm, NoNorm, PositionEmbedding, TiedEmbedding
+from fastgpt.model.recompute import recomputed
 
 
 class GPT(nn.Module):
@@ -32,8 +32,8 @@ class GPT(nn.Module):
         self.token_embedding = TiedEmbedding(config.vocab_size, config.n_embd, ops)
         self.position_embedding = PositionEmbedding(config.context, config.n_embd)
         block = PreNormBlock if config.norm == "pre" else PostNormBlock
-        self.blocks = nn.ModuleList(block(config, ops) for _ in range(config.n_layer))
-        self.final_norm = LayerNorm(config.n_embd, ops) if config.norm == "pre" else nn.Identity()
+        self.blocks = nn.ModuleList(block(config, ops, config.window_of(layer)) for layer in range(config.n_layer))
+        self.final_norm = AddLayerNorm(config.n_embd, ops) if config.norm == "pre" else NoNorm()
 
     def forward(
         self,
@@ -54,7 +54,8 @@ class GPT(nn.Module):
             targets: (B, T) int64, the tokens that follow, or -100 where none counts; asks for the loss.
             reduction: of the loss, "mean", "sum" or "none".
             dropout_seed: required where dropout is active: an int, or the table that `dropout_seeds` makes of one.
-            checkpoint_activations: keep only each block's input for the backward pass, which recomputes the rest.
+            checkpoint_activations: keep only the stream before each block for the backward pass, which computes the
+                rest again, to the same bits.
             cache: of the tokens before these, which are added to it. Positions count from its first.
             last_only: compute the logits of the last position only.
             loss_gradient: what the caller will multiply the loss by before its backward pass, a number or one float32;
@@ -91,20 +92,20 @@ class GPT(nn.Module):
         p, seeds = self._dropout(dropout_seed, tokens.device)
         if cache is not None and p:
             raise UserError("a cache of keys and values goes with the model in evaluation mode: call eval() first")
-        layers = [Masks(p, None if seeds is None else seeds[layer]) for layer in range(self.config.n_layer)]
+        layers = masks_of_layers(p, seeds, self.config.n_layer)
         caches = cache.layers(length) if cache else [None] * self.config.n_layer
-        x = self.position_embedding(
+        branch = None
+        stream = self.position_embedding(
             tokens, table=self.token_embedding, start=start, p=p, seed=layers[0].seed_at(Site.EMBEDDING)
         )
         for block, masks, kept in zip(self.blocks, layers, caches, strict=True):
             if checkpoint_activations:
-                # no random state to preserve: the seeds are arguments
-                x = checkpoint(block, x, masks, cache=kept, use_reentrant=False, preserve_rng_state=False)
+                branch, stream = recomputed(block, branch, stream, masks, self.ops, cache=kept)
             else:
-                x = block(x, masks, cache=kept)
+                branch, stream = block(branch, stream, masks, cache=kept)
         if cache:
             cache.length += length
-        normed: Tensor = self.final_norm(x)
+        normed: Tensor = self.final_norm(branch, stream, p, layers[-1].seed_at(Site.MLP_OUTPUT))[0]
         return normed
 
     def _check_length(self, start: int, length: int, cache: KeyValueCache | None) -> None:
@@ -134,25 +135,3 @@ class GPT(nn.Module):
             # from pinned memory, or the host would wait for the device
             seeds = seeds.pin_memory().to(device, non_blocking=True)
         return self.config.dropout, seeds.to(device)
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """The number of parameters, the tied output matrix counted once."""
-    n = config.n_embd
-    embeddings = (config.vocab_size + config.context) * n
-    block = 12 * n * n + 13 * n  # matrices of n x 3n, n x n and twice n x 4n; biases 3n + n + 4n + n; two norms of 2n
-    final_norm = 2 * n if config.norm == "pre" else 0
-    return embeddings + config.n_layer * block + final_norm
-
-
-def flops_per_token(config: ModelConfig) -> int:
-    """Floating-point operations of training on one token of a full context, forward and backward: 6N + 12 L C T.
-
-    N counts the weights that take part in a matrix product, 12 C^2 in each of L blocks and the V x C output matrix: not
-    the input side of the token table, nor positions, biases and norms. 12 L C T is attention over T positions in full,
-    without the half that causality saves (Chowdhery et al. 2022, "PaLM", appendix B). What activation checkpointing
-    computes twice counts once.
-    """
-    layers, width = config.n_layer, config.n_embd
-    matrices = layers * 12 * width * width + config.vocab_size * width
-    return 6 * matrices + 12 * layers * width * config.context

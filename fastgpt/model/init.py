@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -38,9 +39,24 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
 
 @torch.no_grad()
 def initialise(model: GPT, seed: int) -> None:
-    """Give every parameter its initial value, in place, rounded to the parameter's dtype."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))
+    """Give every parameter its initial value, in place, rounded to the parameter's dtype.
+
+    One value is drawn by one thread: as many are drawn at a time as PyTorch has threads.
+    """
+    threads = torch.get_num_threads()
+    drawn: dict[Future[Tensor], Tensor] = {}
+
+    def take() -> None:
+        for future in wait(drawn, return_when=FIRST_COMPLETED).done:
+            drawn.pop(future).copy_(future.result())
+
+    with ThreadPoolExecutor(threads) as pool:
+        for name, parameter in model.named_parameters():
+            if len(drawn) >= 2 * threads:  # no more values than this wait in memory
+                take()
+            drawn[pool.submit(initial_value, name, tuple(parameter.shape), model.config, seed)] = parameter
+        while drawn:
+            take()
 
 
 def decays(shape: Sequence[int]) -> bool:

@@ -36,8 +36,8 @@ class LinearGelu(Linear):
         return self.ops.linear_gelu(x, self.weight, self.bias, approximate="tanh")
 
 
-class LayerNorm(nn.Module):
-    """x (..., width) -> the same shape, each row normalised, then scaled and shifted."""
+class AddLayerNorm(nn.Module):
+    """A residual branch joins the stream, where there is one, and each row of the sum is normalised."""
 
     def __init__(self, width: int, ops: Ops) -> None:
         super().__init__()
@@ -45,19 +45,19 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised rows."""
-        return self.ops.layer_norm(x, self.weight, self.bias, EPSILON)
-
-
-class AddLayerNorm(LayerNorm):
-    """A residual branch joins the stream, and the sum is normalised."""
-
-    def forward(  # type: ignore[override]
-        self, branch: Tensor, stream: Tensor, p: float, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The norm of stream + dropout(branch), and that sum; all (..., width)."""
+    def forward(self, branch: Tensor | None, stream: Tensor, p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of stream + dropout(branch), scaled and shifted, and that sum; all (..., width)."""
+        if branch is None:
+            return self.ops.layer_norm(stream, self.weight, self.bias, EPSILON), stream
         return self.ops.add_layer_norm(branch, stream, self.weight, self.bias, EPSILON, dropout_p=p, seed=seed)
+
+
+class NoNorm(nn.Module):
+    """In the place of the last norm, where the stream is normalised as it is."""
+
+    def forward(self, branch: None, stream: Tensor, p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream (..., width), on which no branch waits, for both results."""
+        return stream, stream
 
 
 class TiedEmbedding(nn.Module):

@@ -1,7 +1,6 @@
 """`fastgpt train`: from settings to a finished run."""
 
 import logging
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +23,10 @@ from fastgpt.errors import SharedError, UserError
 from fastgpt.launch import engine_kind
 from fastgpt.launchers import ALONE, find_launch
 from fastgpt.load import save_model
-from fastgpt.model.gpt import GPT, flops_per_token, parameter_count
+from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
+from fastgpt.ramp import batch_tokens, micro_batches
+from fastgpt.sizes import flops_per_token, parameter_count
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.corpus import prepare_corpus
 from fastgpt.train.display import Reporter, display_for
@@ -38,7 +39,7 @@ from fastgpt.train.runner import follow_runner
 from fastgpt.train.saver import Saver
 from fastgpt.train.start import set_up
 from fastgpt.train.summary import summarise
-from fastgpt.train.watchers import Guard, Watcher
+from fastgpt.train.watchers import FirstUpdate, Guard, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +113,12 @@ class _Run:
         if folder != Path(self.config.out):
             log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
 
-        prepared, fingerprint = prepare_corpus(self.config, self.ranks, self.display)
-        training = TokenShards.open(prepared, "train", verify=False)
-        validation = TokenShards.open(prepared, "validation", verify=False)
+        corpus = prepare_corpus(self.config, self.ranks, self.display)
+        training = TokenShards.open(corpus.folder, "train", verify=False)
+        validation = TokenShards.open(corpus.folder, "validation", verify=False)
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
         checkpoint = self._checkpoint(store)
-        if checkpoint and checkpoint.state.get("data") != fingerprint:
+        if checkpoint and checkpoint.state.get("data") != corpus.fingerprint:
             raise UserError(
                 f"data.path: {self.config.data.path} no longer gives the tokens that the run in {folder} was "
                 "trained on: its text, data.text_key, data.tokenizer or data.validation_fraction has changed. "
@@ -129,11 +130,12 @@ class _Run:
         if checkpoint:
             engine.read(checkpoint.folder)
             log.info("going on from %s", checkpoint.folder)
+        self.ranks.on_first(corpus.verified)
         with closing(RunLock(folder)) as lock:
             self.ranks.on_first(lambda: self._take(lock, store, checkpoint))
             if self.ranks.rank == 0:
                 save_config(folder, self.config)
-            return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, fingerprint)
+            return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, corpus.fingerprint)
 
     def _train(
         self,
@@ -167,14 +169,16 @@ class _Run:
         peak = peak_flops(self.device)
         flops = flops_per_token(config.model)
         reporter = Reporter(self.display, config.train.steps, flops, peak and peak * self.ranks.world_size)
-        watchers: Sequence[Watcher] = (Guard(), recorder, reporter, evaluation, saver)
+        watchers: list[Watcher] = [Guard(), recorder, reporter, evaluation, saver]
+        if config.engine.compile:
+            watchers.append(FirstUpdate(config.train.batch_tokens))
         try:
             with saver.signals(), prefetch(source.batches(engine.step)) as batches:
                 train(
                     engine,
                     batches,
                     steps=config.train.steps,
-                    batch_tokens=config.train.batch_tokens,
+                    sizes=batch_tokens(config),
                     watchers=watchers,
                 )
         finally:
@@ -216,7 +220,7 @@ class _Run:
             shards,
             config.model.context,
             config.train.micro_batch_size,
-            config.micro_batches,
+            micro_batches(config),
             fold(config.train.seed, ORDER),
             self.ranks.rank,
             self.ranks.world_size,

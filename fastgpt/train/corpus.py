@@ -1,6 +1,9 @@
 """The token shards that a run trains on: prepared at first use, checked before every use."""
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from fastgpt.checkpoint.files import sha256
 from fastgpt.config import Config
@@ -13,17 +16,32 @@ from fastgpt.errors import UserError
 from fastgpt.train.display import Display
 
 
-def prepare_corpus(config: Config, ranks: Ranks, display: Display) -> tuple[Path, str]:
-    """The folder of token shards, and a fingerprint of its content; rank 0 does the work.
+class Corpus(NamedTuple):
+    """Token shards.
+
+    `fingerprint` is of their content. Their bytes are being read to see whether they are still those that were
+    prepared: to call `verified`, on rank 0, waits for that, and raises UserError where they are not.
+    """
+
+    folder: Path
+    fingerprint: str
+    verified: Callable[[], None]
+
+
+def prepare_corpus(config: Config, ranks: Ranks, display: Display) -> Corpus:
+    """The corpus of a run; rank 0 does the work.
 
     Raises:
         UserError: there is nothing to train on, or it does not fit the model.
     """
 
+    reading: Future[None] | None = None
+
     def work() -> list[str]:
+        nonlocal reading
         folder = _prepared(config)
-        shards = TokenShards.open(folder, "train", verify=config.data.verify)
-        validation = TokenShards.open(folder, "validation", verify=config.data.verify)
+        shards = TokenShards.open(folder, "train", verify=False)
+        validation = TokenShards.open(folder, "validation", verify=False)
         if shards.vocab_size > config.model.vocab_size:
             raise UserError(
                 f"model.vocab_size: {config.model.vocab_size} is smaller than the vocabulary of the tokens in {folder} "
@@ -42,10 +60,30 @@ def prepare_corpus(config: Config, ranks: Ranks, display: Display) -> tuple[Path
             f"data: {len(shards):,} training tokens, {len(validation):,} validation tokens "
             f"({shards.documents:,} and {validation.documents:,} documents) in {folder}"
         )
+        if config.data.verify:
+            reading = _in_background(shards.verify, validation.verify)
         return [str(folder), sha256(folder / MANIFEST_FILE)]
 
     folder, fingerprint = ranks.on_first(work)
-    return Path(folder), fingerprint
+
+    def verified() -> None:
+        if reading:
+            reading.result()
+
+    return Corpus(Path(folder), fingerprint, verified)
+
+
+def _in_background(*works: Callable[[], None]) -> Future[None]:
+    """Begin to do one after the other in a thread."""
+
+    def work() -> None:
+        for each in works:
+            each()
+
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
 
 
 def _prepared(config: Config) -> Path:

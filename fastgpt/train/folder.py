@@ -27,8 +27,12 @@ _FIXED = (
     "model.context",
     "model.vocab_size",
     "model.norm",
+    "model.attention",
+    "model.window",
     "train.seed",
     "train.batch_tokens",
+    "train.batch_ramp_tokens",
+    "train.batch_ramp_start",
 )
 # These change nothing in what is computed.
 _NO_MATTER = (

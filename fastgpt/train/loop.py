@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import Engine, Pending
+from fastgpt.ramp import BatchSizes
 from fastgpt.train.watchers import Measured, Watcher
 
 
 def train(
-    engine: Engine, batches: Iterator[Batch], *, steps: int, batch_tokens: int, watchers: Sequence[Watcher]
+    engine: Engine, batches: Iterator[Batch], *, steps: int, sizes: BatchSizes, watchers: Sequence[Watcher]
 ) -> None:
     """Update until `steps` updates are done.
 
@@ -17,7 +18,7 @@ def train(
         engine: stands at the update that it was resumed at.
         batches: this rank's, from the next update on.
         steps: updates of the whole run.
-        batch_tokens: tokens of one update over all ranks.
+        sizes: tokens of every update over all ranks.
         watchers: called in order, before the first update and after each.
     """
     for watcher in watchers:
@@ -32,8 +33,8 @@ def train(
         told = len(waiting) if to_the_last else len(waiting) - 1
         updates = [pending.update for pending in waiting[:told]]
         del waiting[:told]
-        rate = batch_tokens / (time.perf_counter() - start)
+        rate = sizes.of(engine.step) / (time.perf_counter() - start)
         for update in updates:
-            measured = Measured(update, tokens=update.step * batch_tokens, tokens_per_second=rate)
+            measured = Measured(update, tokens=sizes.before(update.step + 1), tokens_per_second=rate)
             for watcher in watchers:
                 watcher.after(measured)

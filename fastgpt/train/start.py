@@ -4,6 +4,7 @@ import torch
 
 from fastgpt.config import Config
 from fastgpt.engine.backend import ops_for
+from fastgpt.engine.compiler import prepare_compiler
 from fastgpt.engine.host import available_cores, prepare_host
 from fastgpt.engine.precision import resolve_precision
 from fastgpt.engine.ranks import Ranks
@@ -22,7 +23,7 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None, *, 
         The settings with nothing left on `auto` that decides the numbers.
 
     Raises:
-        UserError: a precision that the device does not have.
+        UserError: a precision that the device does not have; blocks that cannot be compiled here.
     """
     ranks = ranks or Ranks()
     backend = ops_for(config.kernels.backend, device).name
@@ -30,6 +31,8 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None, *, 
     if not threads and config.engine.threads and config.engine.threads <= share:
         threads = config.engine.threads  # as the run was started; with more ranks on a host the cores are shared anew
     threads = prepare_host(device, threads, local_rank=ranks.local_rank, local_world_size=ranks.local_world_size)
+    if config.engine.compile:
+        prepare_compiler(device, ranks)
     # timed with these threads, and by one rank for all
     precision = ranks.on_first(lambda: resolve_precision(config.engine.precision, device))
     tree = config.model_dump()

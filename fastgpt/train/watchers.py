@@ -1,10 +1,13 @@
 """What happens around the updates. The loop calls each watcher in turn; none knows of the others."""
 
+import logging
 import math
 from typing import NamedTuple, Protocol
 
 from fastgpt.engine.base import Update
 from fastgpt.errors import SharedError
+
+log = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
@@ -53,3 +56,25 @@ class Guard:
                 f"step {update.step}: the loss is {update.loss}, so the run has diverged (learning rate "
                 f"{update.learning_rate:g}). Checkpoints before it are whole; lower train.lr or train.clip"
             )
+
+
+class FirstUpdate:
+    """Tells how long the first update took, which compiles the blocks."""
+
+    def __init__(self, batch_tokens: int) -> None:
+        self._batch_tokens = batch_tokens
+        self._first = 1
+
+    def begin(self, step: int) -> None:
+        """Note which one is the first."""
+        self._first = step + 1
+
+    def looks_at(self, step: int) -> bool:
+        """At the first alone, so that its time is its own."""
+        return step == self._first
+
+    def after(self, measured: Measured) -> None:
+        """Tell its time."""
+        if measured.update.step == self._first:
+            seconds = self._batch_tokens / measured.tokens_per_second
+            log.info("engine.compile: the first update, with compiling, took %.1f s", seconds)

@@ -132,6 +132,7 @@ def _by_dtype(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], objec
         yield "decode_attention", f"D={D}", _decode(D, dtype)
     yield "decode_attention", "of one", _decode(64, dtype, 1, 1, 1)
     yield "dropout", "", _dropout(dtype)
+    yield "dropout", "N=767", _dropout(dtype, N=767)
     yield "dropout", "of one", _dropout(dtype, 1, 1)
     yield "grad_norm", "", _grad_norm(dtype)
     for copies in (None, FP16, BF16):

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from fastgpt_kernels import reference, torch_ops
+from fastgpt_kernels.compiler import leave_unloaded
 from fastgpt_kernels.errors import UnsupportedInput
 from fastgpt_kernels.ops import Ops
 
@@ -52,8 +53,11 @@ def load_ops(backend: Backend = "auto") -> Ops:
     if backend == "auto":
         backend = _automatic_backend()
     if backend == "triton":
-        return _triton_ops()
-    return _ops_of("torch", torch_ops) if backend == "torch" else _ops_of("reference", reference)
+        ops = _triton_ops()
+    else:
+        ops = _ops_of("torch", torch_ops) if backend == "torch" else _ops_of("reference", reference)
+    leave_unloaded()
+    return ops
 
 
 def _ops_of(name: Literal["torch", "reference"], module: ModuleType) -> Ops:

@@ -4,10 +4,9 @@
     y_n = residual_n + x_n z_n      the same dx_n; d_residual = dy
 
 u_n is uniform on [0, 1), from Philox 4x32-10 with the seed as key: element n takes word n mod 4 of call n / 4, where
-n is its index in memory order. Four neighbours share a call, and a thread holds at least four neighbours, so that the
-mask moves no data between threads. `keep`, below, serves every kernel with rows of N columns: it numbers the elements
-as if the rows were padded to a multiple of four columns. The mask depends on nothing else, neither on tile sizes nor
-on the device.
+n is its index in memory order as if the rows (of the last dimension) were padded to a multiple of four columns. Four
+neighbours share a call, and a thread holds at least four neighbours, so that the mask moves no data between threads.
+`keep`, below, serves every kernel. The mask depends on nothing else, neither on tile sizes nor on the device.
 
 Limits: float32, float16, bfloat16; any shape; residual in the dtype of x or float32.
 
@@ -58,16 +57,24 @@ def _dropout_kernel(
     y_ptr,  # (n,)
     n,
     p,
+    N,  # columns of a row, or None: every row has a multiple of four, or there is one row
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    offset = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    number = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     kept = keep(tl.load(seed_ptr), block, p, BLOCK, 0, 1, BLOCK)
-    x = tl.load(x_ptr + offset, mask=offset < n, other=0.0).to(tl.float32)
+    if N is None:
+        offset = number
+        inside = offset < n
+    else:
+        row, column = number // (tl.cdiv(N, 4) * 4), number % (tl.cdiv(N, 4) * 4)
+        offset = row * N + column
+        inside = (column < N) & (offset < n)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     y = tl.where(kept, x * (1.0 / (1.0 - p)), 0.0)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + offset, mask=offset < n, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=offset < n)
+        y += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_dropout(x: Tensor, p: float, seed: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -85,9 +92,14 @@ def launch_dropout_add(x: Tensor, residual: Tensor, p: float, seed: Tensor) -> T
 
 
 def _launch(x: Tensor, residual: Tensor | None, p: float, seed: Tensor, y: Tensor) -> None:
-    grid = (triton.cdiv(x.numel(), BLOCK),)
+    N = x.shape[-1] if x.dim() else 1
+    rows = x.numel() // N
+    padded = N % 4 != 0 and rows > 1
+    numbers = rows * (triton.cdiv(N, 4) * 4) if padded else x.numel()
     with launch.on_device_of(x):
-        _dropout_kernel[grid](x, residual, seed, y, x.numel(), p, BLOCK, **launch.OPTIONS)
+        _dropout_kernel[(triton.cdiv(numbers, BLOCK),)](
+            x, residual, seed, y, x.numel(), p, N if padded else None, BLOCK, **launch.OPTIONS
+        )
 
 
 @torch.library.custom_op("fastgpt::dropout", mutates_args=())

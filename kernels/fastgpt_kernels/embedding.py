@@ -355,7 +355,7 @@ def embedding(
         seed: int in [0, 2^63) or int64 tensor of one element; needed where dropout_p > 0.
 
     Returns:
-        (B, T, N), contiguous, in the dtype of the tables. The mask is that of `dropout` where N is a multiple of four.
+        (B, T, N), contiguous, in the dtype of the tables. The mask is that of `dropout`.
 
     Raises:
         UnsupportedInput: for arguments outside these.

@@ -37,7 +37,6 @@ Source: Ba, Kiros and Hinton, "Layer Normalization" (2016), section 3.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -515,9 +514,7 @@ def _differentiate_add(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None)
         return (None,) * 7
     if seed is None:
         return ds.to(ctx.dtype), ds, None, None, None, None, None
-    N = ds.shape[-1]
-    # the mask numbers the elements of rows of a multiple of four columns
-    dx = _dropout(F.pad(ds, (0, -N % 4)), ctx.p, seed, ctx.dtype)[..., :N]
+    dx = _dropout(ds, ctx.p, seed, ctx.dtype)
     return dx, ds, None, None, None, None, None
 
 
@@ -568,7 +565,7 @@ def add_layer_norm(
 
     Returns:
         The normalised s in the dtype of x, and s in the dtype of residual; both (..., N), contiguous. The mask is that
-        of `dropout` where N is a multiple of four.
+        of `dropout`.
 
     Raises:
         UnsupportedInput: for arguments outside these.

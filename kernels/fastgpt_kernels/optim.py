@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from fastgpt_kernels.compiler import hidden_once_loaded
 from fastgpt_kernels.errors import UnsupportedInput, raise_if_any
 from fastgpt_kernels.multi_tensor import TableCache
 
@@ -101,9 +102,8 @@ class FusedAdamW(torch.optim.Optimizer):
         reasons += _against_backend(backend)
         self.form: Form = form
         self.backend: OptimBackend = backend
-        self._working = dict(working or ())
-        for number, (master, copy) in enumerate(self._working.items()):
-            reasons += _against_working(master, copy, f"working copy {number}")
+        self._working, found = _pairs(working)
+        reasons += found
         self._tables: TableCache[Any] = TableCache()
         # "fused" tells PyTorch, and readers of `defaults`, that step counts lie beside the parameters
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
@@ -113,7 +113,20 @@ class FusedAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; constants that it does not name are the optimizer's."""
         raise_if_any(_against_constants(self.defaults | param_group), "FusedAdamW", self.backend, REMEDY)
-        super().add_param_group(param_group)
+        hidden_once_loaded(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def set_working(self, working: Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]] | None) -> None:
+        """Replace the working copies, for parameters that are made after the optimizer, as ZeRO's partitions are.
+
+        Args:
+            working: as at the optimizer's making.
+
+        Raises:
+            UnsupportedInput: a copy that does not fit its parameter; nothing has changed.
+        """
+        pairs, reasons = _pairs(working)
+        raise_if_any(reasons, "FusedAdamW.set_working", self.backend, REMEDY)
+        self._working = pairs
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"form": self.form, "backend": self.backend, "_working": self._working}
@@ -448,6 +461,17 @@ def _against_constants(group: Mapping[str, Any]) -> list[str]:
         for name in ("eps", "weight_decay")
         if not (group[name] >= 0.0 and math.isfinite(group[name]))
     ]
+
+
+def _pairs(
+    working: Mapping[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]] | None,
+) -> tuple[dict[Tensor, Tensor], list[str]]:
+    """Working copies by their parameter, and the reasons against them."""
+    pairs = dict(working or ())
+    reasons: list[str] = []
+    for number, (master, copy) in enumerate(pairs.items()):
+        reasons += _against_working(master, copy, f"working copy {number}")
+    return pairs, reasons
 
 
 def _against_working(master: Tensor, copy: Tensor, name: str) -> list[str]:

@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt.data.shards import TokenShards
-from fastgpt.data.source import RandomSource, ShardSource, TokenSource
+from fastgpt.data.source import GROUP_TOKENS, RandomSource, ShardSource, TokenSource
 from fastgpt.errors import UserError
+from fastgpt.ramp import BatchSizes
 
 WriteShards = Callable[..., TokenShards]
 
@@ -64,6 +65,29 @@ def test_starting_later_gives_the_rest_of_the_same_stream(counting: TokenShards)
         np.testing.assert_array_equal(np.stack(take(source, 40 - start, start)), np.stack(whole[start:]))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("context", "micro_batch_size", "micro_batches"), [(1, 1, 2), (7, 3, 4), (500, 66, 2)])
+def test_batches_made_in_groups_are_those_made_one_by_one(
+    counting: TokenShards, context: int, micro_batch_size: int, micro_batches: int, rank: int
+) -> None:
+    source = ShardSource(counting, context, micro_batch_size, micro_batches, seed=5, rank=rank, world_size=2)
+    size = context * micro_batch_size * micro_batches // 2
+    group = max(1, GROUP_TOKENS // size)
+    for step, batch in enumerate(islice(source.batches(41), 2 * group + 1), 42):
+        if (step - 42) % group in (0, group - 1):  # the first and the last of a group
+            alone = source.batch(step)
+            assert batch.step == alone.step == step and batch.micro_batches == alone.micro_batches
+            np.testing.assert_array_equal(batch.tokens, alone.tokens)
+
+
+def test_the_order_of_the_data_is_that_of_every_version(counting: TokenShards) -> None:
+    source = ShardSource(counting, 16, 2, 3, seed=9)
+    assert [batch.tokens[:, :, 0].tolist() for batch in islice(source.batches(20), 2)] == [
+        [[859, 235], [914, 818], [578, 242]],
+        [[642, 402], [626, 866], [114, 178]],
+    ]
+
+
 def test_the_seed_decides_the_order(counting: TokenShards) -> None:
     one, two = (np.stack(take(ShardSource(counting, 16, 2, 3, seed), 5)) for seed in (1, 2))
     assert (one != two).any()
@@ -89,6 +113,25 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
 def test_the_size_of_a_micro_batch_does_not_change_the_samples_of_an_update(counting: TokenShards) -> None:
     wide, narrow = (take(ShardSource(counting, 6, *shape, seed=4), 9) for shape in ((8, 2), (2, 8)))
     np.testing.assert_array_equal(np.stack(wide).reshape(9, 16, 7), np.stack(narrow).reshape(9, 16, 7))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_growing_batches_read_one_sample_after_the_other_whatever_the_ranks(
+    counting: TokenShards, world_size: int
+) -> None:
+    plain = np.concatenate([batch.reshape(-1, 7) for batch in take(ShardSource(counting, 6, 3, 1, seed=4), 60)])
+    sizes, seen = BatchSizes(8, 2, 20), 0
+    sources = [ShardSource(counting, 6, 3, sizes, seed=4, rank=r, world_size=world_size) for r in range(world_size)]
+    for update, batches in enumerate(zip(*(islice(s.batches(0), 8) for s in sources), strict=True), 1):
+        count = sizes.of(update)
+        whole = np.empty((count, 3, 7), np.int64)
+        for batch in batches:
+            assert len(batch.micro_batches) == count // world_size
+            whole[list(batch.micro_batches)] = batch.tokens
+        np.testing.assert_array_equal(whole.reshape(-1, 7), plain[seen : seen + 3 * count])
+        seen += 3 * count
+    later = next(iter(ShardSource(counting, 6, 3, sizes, seed=4).batches(5)))
+    assert (later.step, len(later.micro_batches)) == (6, sizes.of(6))
 
 
 def test_micro_batches_that_cannot_be_dealt_evenly_are_refused(counting: TokenShards) -> None:

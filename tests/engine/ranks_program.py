@@ -1,8 +1,9 @@
 """Run by torchrun, or alone: trains a small model by each scenario of a JSON list and writes down what happened.
 
 usage: ranks_program.py SCENARIOS RESULTS
-A scenario: {"name", "kind", "stage", "precision", "steps", "overrides"?, "sharded"?, "read"?, "write"?}
-"sharded" makes ZeRO-3 keep no parameter gathered; it would keep every one of so small a model.
+A scenario: {"name", "kind", "stage", "precision", "steps", "overrides"?, "sharded"?, "compiler"?, "read"?, "write"?}
+"sharded" makes ZeRO-3 keep no parameter gathered; it would keep every one of so small a model. "compiler" names another
+backend of torch.compile than the usual.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from unittest import mock
 
 import torch
 from fastgpt_kernels import load_ops
+from torch._dynamo.utils import counters as COUNTERS
 
 from fastgpt.config import Config
 from fastgpt.data.source import RandomSource
@@ -24,6 +26,7 @@ from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.launchers import find_launch
 from fastgpt.model.gpt import GPT
+from fastgpt.ramp import micro_batches
 
 LOSS = importlib.import_module("fastgpt_kernels.torch_ops.cross_entropy")
 VOCABULARY, CONTEXT, MICRO_BATCH, MICRO_BATCHES = 101, 16, 2, 4
@@ -77,7 +80,10 @@ def sharded_settings(config: Config, precision: str, world_size: int) -> dict[st
 def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     config = settings(scenario)
     chosen = sharded_settings if scenario.get("sharded") else deepspeed_settings
-    with mock.patch("fastgpt.engine.zero.deepspeed_settings", chosen):
+    torch.compiler.reset()
+    COUNTERS.clear()
+    compiler = mock.patch("fastgpt.engine.compiled.BACKEND", scenario.get("compiler", "inductor"))
+    with mock.patch("fastgpt.engine.zero.deepspeed_settings", chosen), compiler:
         engine = prepare(
             lambda: GPT(config.model, load_ops("torch")),
             config,
@@ -93,7 +99,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     start = fingerprints(engine)
     before = engine.last_logits(probe[:, :7])
     source = RandomSource(
-        VOCABULARY, CONTEXT, MICRO_BATCH, config.micro_batches, 7, ranks.rank, ranks.world_size
+        VOCABULARY, CONTEXT, MICRO_BATCH, micro_batches(config), 7, ranks.rank, ranks.world_size
     ).batches(engine.step)
     updates = []
     with mock.patch.object(LOSS, "rescale_gradient", wraps=LOSS.rescale_gradient) as backward:
@@ -114,12 +120,14 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {
         "start": start,
         "updates": updates,
+        "micro_batches": [micro_batches(config).of(update["step"]) for update in updates],
         "loss_gradients": gradients,
         "first_forward": first,
         "last_forward": engine.evaluation_loss(probe, probe),
         "sampling_moved": (after - before).abs().max().item(),
         "sampling_errors": [(a - b).abs().max().item() for a, b in ((after, shorter), (continued, longer))],
         "end": fingerprints(engine),
+        "graphs": COUNTERS["stats"]["unique_graphs"],
         "kept_gathered": sum(getattr(p, "ds_persist", False) for p in engine._weights.values()),
         "dtype": str(next(iter(weights.values())).dtype) if weights else None,
     }

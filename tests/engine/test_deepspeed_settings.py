@@ -37,5 +37,22 @@ def test_the_engine_clips_where_deepspeed_would_not_tell_the_norm() -> None:
 def test_deepspeed_takes_every_key() -> None:
     """DeepSpeed passes over misspelt keys at the top in silence, so each of ours is looked up in its own list."""
     constants = pytest.importorskip("deepspeed.runtime.constants")
-    known = {v for v in vars(constants).values() if isinstance(v, str)} | {"zero_optimization", "data_types", "bf16"}
+    known = {v for v in vars(constants).values() if isinstance(v, str)}
+    known |= {"zero_optimization", "data_types", "bf16", "timers"}
     assert set(deepspeed_settings(config(2), "bf16", 8)) <= known
+
+
+def test_deepspeed_times_nothing_and_moves_gradients_as_they_come() -> None:
+    """A timer would wait for the device before each forward pass."""
+    timers = pytest.importorskip("deepspeed.utils.config")
+    precision = pytest.importorskip("deepspeed.runtime.precision_config")
+    settings = deepspeed_settings(config(1), "bf16", 1)
+    assert timers.get_timers_config({}).enabled and not timers.get_timers_config(settings).enabled
+    bf16 = precision.get_bfloat16_config(settings)
+    assert bf16.enabled and bf16.immediate_grad_update
+
+
+@pytest.mark.parametrize(("stage", "world_size", "shared"), [(1, 1, False), (2, 1, False), (2, 2, True), (3, 1, True)])
+def test_one_rank_reduces_nothing(stage: int, world_size: int, shared: bool) -> None:
+    zero = deepspeed_settings(config(stage), "bf16", world_size)["zero_optimization"]
+    assert (zero["overlap_comm"], zero["reduce_scatter"]) == (shared, shared)

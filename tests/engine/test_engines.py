@@ -45,6 +45,13 @@ def results(
             {**base, "name": f"single-{precision}-half", "steps": MIDDLE, "write": state},
             {**base, "name": f"single-{precision}-resumed", "steps": END, "read": state},
         ]
+    # 2, 4 and then 6 micro-batches: for each of two ranks one, two and three
+    ramp = {"train.batch_tokens": 192, "train.batch_ramp_start": 64, "train.batch_ramp_tokens": 320}
+    single += [
+        {**s, "name": f"{s['name']}-ramp", "overrides": ramp}
+        for s in single
+        if s["name"] in ("single-fp32", "single-bf16")
+    ]
     recomputed = {"train.activation_checkpointing": True}
     single.append({**single[0], "name": "single-recomputed", "overrides": recomputed})
     go(alone, single)
@@ -60,6 +67,15 @@ def results(
                 {**base, "name": f"{name}-resumed", "steps": END, "read": state},
                 {**base, "name": f"{name}-from-single", "steps": END, "read": str(folder / f"single-{precision}")},
             ]
+            grown = {**base, "name": f"{name}-ramp", "steps": END, "overrides": ramp}
+            if precision == "fp32":
+                deepspeed.append(grown)
+            elif stage in (1, 3):
+                deepspeed += [
+                    grown,
+                    {**grown, "name": f"{name}-ramp-half", "steps": MIDDLE, "write": f"{state}-ramp"},
+                    {**grown, "name": f"{name}-ramp-resumed", "read": f"{state}-ramp"},
+                ]
     for precision in PRECISIONS:
         third = next(s for s in deepspeed if s["name"] == f"zero3-{precision}")
         deepspeed += [
@@ -101,6 +117,21 @@ def test_fp32_losses_agree_with_one_process(stage: int, results: Results) -> Non
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_growing_batch_gives_the_losses_of_one_process(stage: int, results: Results) -> None:
+    one, two = results["single-fp32-ramp"], results[f"zero{stage}-fp32-ramp"]
+    assert one["micro_batches"] == two["micro_batches"] == [2, 2, 2, 4, 6, 6]
+    assert len(two["updates"]) == END
+    assert largest_difference(one, two, "loss") <= 1e-5
+    assert largest_difference(one, two, "grad_norm") <= 1e-5
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_so_it_does_in_bf16_but_for_its_rounding(stage: int, results: Results) -> None:
+    rounding = largest_difference(results["single-fp32-ramp"], results["single-bf16-ramp"], "loss")
+    assert largest_difference(results["single-bf16-ramp"], results[f"zero{stage}-bf16-ramp"], "loss") <= 2 * rounding
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_bf16_starts_from_the_same_rounded_weights(stage: int, results: Results) -> None:
     one, two = results["single-bf16"], results[f"zero{stage}-bf16"]
     assert two["dtype"] == "torch.bfloat16"
@@ -120,6 +151,14 @@ def test_bf16_stays_as_near_to_one_process_as_bf16_is_to_fp32(stage: int, result
 def test_a_resumed_run_repeats_every_bit(stage: int, precision: str, results: Results) -> None:
     whole, half, resumed = (results[f"zero{stage}-{precision}{part}"] for part in ("", "-half", "-resumed"))
     assert resumed["first_forward"] == half["last_forward"]
+    assert resumed["updates"] == whole["updates"][MIDDLE:]
+    assert resumed["end"] == whole["end"]
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_a_run_resumed_where_its_batch_grows_repeats_every_bit(stage: int, results: Results) -> None:
+    whole, resumed = results[f"zero{stage}-bf16-ramp"], results[f"zero{stage}-bf16-ramp-resumed"]
+    assert resumed["micro_batches"] == [4, 6, 6]
     assert resumed["updates"] == whole["updates"][MIDDLE:]
     assert resumed["end"] == whole["end"]
 
@@ -175,7 +214,7 @@ def test_an_engine_announces_the_gradient_that_comes(results: Results) -> None:
     """So that the loss is one pass over the logits, and its gradient rounded once."""
     for name, result in results.items():
         ranks = 1 if name.startswith("single") else 2
-        assert len(result["loss_gradients"]) == 4 // ranks * len(result["updates"]), name
+        assert len(result["loss_gradients"]) == sum(result["micro_batches"]) // ranks, name
         assert all(came == announced for came, announced in result["loss_gradients"]), name
 
 

@@ -24,6 +24,12 @@ def test_the_cosine_falls_to_its_floor_at_the_last_update() -> None:
     assert all(learning_rate(s, settings) > learning_rate(s + 1, settings) for s in range(10, 100))
 
 
+def test_the_cosine_can_reach_its_floor_before_the_end_and_stays_there() -> None:
+    settings = train(min_lr=0.1, decay_steps=50)
+    assert learning_rate(30, settings) == pytest.approx(0.1 + 0.4 * 0.5)
+    assert [learning_rate(step, settings) for step in range(50, 101)] == pytest.approx([0.1] * 51)
+
+
 def test_gpt1_starts_at_zero_and_reads_its_cosine_over_all_updates() -> None:
     settings = train(schedule="gpt1")
     assert learning_rate(1, settings) == 0

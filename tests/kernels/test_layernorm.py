@@ -153,6 +153,22 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(device, triton_ops):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N", [33, 40])
+def test_zeros_added_to_a_sum_that_is_taken_already_change_no_bit_of_norm_or_gradients(N, dtype, backend, device):
+    """What activation checkpointing of a block rests on."""
+    ops = load_ops(backend)
+    x, residual, weight, bias = sum_inputs((3, N), dtype, device)
+    options = {"dropout_p": P, "seed": SEED}
+    total = ops.dropout_add(x, residual, P, SEED)
+    whole, parts = (
+        output_and_gradients(lambda *xs: ops.add_layer_norm(*xs, **options), [*terms, weight, bias])
+        for terms in ((x, residual), (x.new_zeros(()).expand_as(x), total))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_a_seed_counts_where_there_is_dropout_only(backend, device):
     ops = load_ops(backend)
     tensors = sum_inputs((3, 40), torch.float32, device)

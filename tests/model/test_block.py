@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgpt.config import ModelConfig
 from fastgpt.model import GPT, build_model
 from fastgpt.model.block import PostNormBlock, PreNormBlock
-from fastgpt.model.dropout import Masks, Site, dropout_seeds
+from fastgpt.model.dropout import Masks, Site, dropout_seeds, masks_of_layers
 
 NO_DROPOUT = Masks(p=0.0, seeds=None)
 Block = PreNormBlock | PostNormBlock
@@ -52,7 +52,9 @@ def test_a_post_norm_block_normalises_each_sum(
     block, x = block_and_input("post", config_of, scramble)
     n = normed(x + attention(block, x), block.norm_1)
     expected = normed(n + mlp(block, n), block.norm_2)
-    torch.testing.assert_close(block(x, NO_DROPOUT), expected)
+    branch, h = block(None, x, NO_DROPOUT)
+    assert branch is None
+    torch.testing.assert_close(h, expected)
 
 
 @torch.no_grad()
@@ -61,8 +63,11 @@ def test_a_pre_norm_block_normalises_what_each_branch_reads(
 ) -> None:
     block, x = block_and_input("pre", config_of, scramble)
     n = x + attention(block, normed(x, block.norm_1))
-    expected = n + mlp(block, normed(n, block.norm_2))
-    torch.testing.assert_close(block(x, NO_DROPOUT), expected)
+    branch = mlp(block, normed(n, block.norm_2))
+    torch.testing.assert_close(block(None, x, NO_DROPOUT), (branch, n))
+    # the branch and the stream that the block before hands on
+    terms = 0.3 * x, 0.7 * x
+    torch.testing.assert_close(block(*terms, NO_DROPOUT), (branch, n))
 
 
 @torch.no_grad()
@@ -71,7 +76,7 @@ def test_each_branch_is_dropped_before_it_joins_the_stream(
     norm: str, config_of: Callable[..., ModelConfig], scramble: Callable[[GPT], GPT]
 ) -> None:
     block, x = block_and_input(norm, config_of, scramble)
-    masks = Masks(0.4, dropout_seeds(5, 2)[1])
+    masks = masks_of_layers(0.4, dropout_seeds(5, 2), 2)[1]
     drop = load_ops("torch").dropout
 
     def attended(x: torch.Tensor) -> torch.Tensor:
@@ -81,9 +86,13 @@ def test_each_branch_is_dropped_before_it_joins_the_stream(
         return drop(mlp(block, x), 0.4, masks.seed_at(Site.MLP_OUTPUT))
 
     if norm == "pre":
-        n = x + attended(normed(x, block.norm_1))
-        expected = n + fed(normed(n, block.norm_2))
+        before = torch.randn_like(x)
+        entered = x + drop(before, 0.4, dropout_seeds(5, 2)[0, Site.MLP_OUTPUT])
+        n = entered + attended(normed(entered, block.norm_1))
+        # the branch that is still open is whole: it is dropped where it is added
+        expected = mlp(block, normed(n, block.norm_2)), n
     else:
+        before = None
         n = normed(x + attended(x), block.norm_1)
-        expected = normed(n + fed(n), block.norm_2)
-    torch.testing.assert_close(block(x, masks), expected)
+        expected = None, normed(n + fed(n), block.norm_2)
+    torch.testing.assert_close(block(before, x, masks), expected)

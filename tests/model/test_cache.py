@@ -29,15 +29,23 @@ def text_of(model: GPT, batch: int = 1, length: int = 30) -> Tensor:
 
 
 @pytest.fixture
-def twins(model: GPT, dtype: torch.dtype) -> tuple[GPT, GPT]:
+def twins(
+    config_of: Callable[..., ModelConfig],
+    scramble: Callable[[GPT], GPT],
+    norm: str,
+    window: int | None,
+    dtype: torch.dtype,
+) -> tuple[GPT, GPT]:
     """A model in a dtype, and the reference of the same rounded weights in float64."""
-    low = model.to(dtype).eval()
+    banded = {"attention": "alternating", "window": window} if window else {}
+    model = scramble(build_model(config_of(norm=norm, **banded), load_ops("torch"))).to(dtype).eval()
     exact = GPT(model.config, load_ops("reference")).double().eval()
-    exact.load_state_dict(low.state_dict())
-    return low, exact
+    exact.load_state_dict(model.state_dict())
+    return model, exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("prompt", [1, 5, 12, 13, 17])
 @torch.no_grad()
 def test_logits_with_a_cache_are_as_close_to_float64_as_twice_those_without(
@@ -66,9 +74,23 @@ def test_greedy_text_with_a_cache_is_that_without(model: GPT, prompt: int) -> No
     assert list(generate(cached(model), ids, steps=30, context=13, temperature=0)) == list(plain)
 
 
+def test_a_banded_layer_reads_its_window_of_the_cache(config_of: Callable[..., ModelConfig]) -> None:
+    read: list[tuple[int, ...]] = []
+
+    def decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        read.append(tuple(lengths.tolist()))
+        return ops.decode_attention(q, keys, values, lengths)
+
+    ops = load_ops("torch")
+    config = config_of(attention="alternating", window=4)
+    model = build_model(config, ops._replace(decode_attention=decode)).eval()
+    list(generate(cached(model), [1, 2], steps=6, context=13, temperature=0))
+    assert read == [(3,), (3,), (4,), (4,), (5,), (4,), (6,), (4,), (7,), (4,)]
+
+
 def test_a_token_is_computed_once_until_the_window_slides(model: GPT) -> None:
     computed: list[int] = []
-    model.eval().blocks[0].register_forward_pre_hook(lambda block, inputs: computed.append(inputs[0].shape[1]))
+    model.eval().blocks[0].register_forward_pre_hook(lambda block, inputs: computed.append(inputs[1].shape[1]))
     list(generate(cached(model), [1, 2, 3, 4], steps=12, context=13, temperature=0))
     # the prompt, then a token a call while 13 fit; two windows more
     assert computed == [4] + 9 * [1] + [13, 13]
@@ -76,7 +98,7 @@ def test_a_token_is_computed_once_until_the_window_slides(model: GPT) -> None:
 
 def test_a_second_text_reuses_what_it_shares_with_the_first(model: GPT) -> None:
     computed: list[int] = []
-    model.eval().blocks[0].register_forward_pre_hook(lambda block, inputs: computed.append(inputs[0].shape[1]))
+    model.eval().blocks[0].register_forward_pre_hook(lambda block, inputs: computed.append(inputs[1].shape[1]))
     logits = cached(model)
     first = list(generate(logits, [1, 2, 3, 4], steps=5, context=13, seed=1))
     computed.clear()

@@ -16,30 +16,37 @@ from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
 from fastgpt.model import build_model
-from fastgpt.model.dropout import Masks, dropout_seeds
+from fastgpt.model.dropout import dropout_seeds, masks_of_layers
 
 DROPOUT = 0.3
+# the first block, to which no branch comes, and another; where each sum is normalised, none comes to any
+BLOCKS = {"pre, first": 0, "pre": 1, "post": 1}
 
 
-def block_of(norm: str, ops: Ops) -> nn.Module:
-    config = ModelConfig.model_validate(
-        {"n_layer": 1, "n_head": 2, "n_embd": 32, "context": 11, "vocab_size": 7, "norm": norm, "dropout": DROPOUT}
-    )
-    return build_model(config, ops, seed=3).blocks[0]
+def block_of(kind: str, ops: Ops) -> nn.Module:
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context": 11, "vocab_size": 7, "dropout": DROPOUT}
+    config = ModelConfig.model_validate(shape | {"norm": kind.split(",")[0]})
+    return build_model(config, ops, seed=3).blocks[BLOCKS[kind]]
 
 
-def input_of(dtype: torch.dtype) -> Tensor:
-    return torch.randn(2, 11, 32, dtype=dtype, generator=torch.Generator().manual_seed(1))
+def inputs_of(kind: str, dtype: torch.dtype) -> list[Tensor | None]:
+    """A branch and a stream."""
+    both = torch.randn(2, 2, 11, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [both[0] if kind == "pre" else None, both[1]]
 
 
-def output_and_gradients(block: nn.Module, x: Tensor, seed: int) -> list[Tensor]:
-    x = x.detach().requires_grad_()
-    y = block(x, Masks(DROPOUT, dropout_seeds(seed, 1)[0].to(x.device)))
-    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)).sum()
-    return [y.detach(), *torch.autograd.grad(loss, [x, *block.parameters()])]
+def outputs_and_gradients(kind: str, block: nn.Module, inputs: list[Tensor | None], seed: int) -> list[Tensor]:
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    seeds = dropout_seeds(seed, 2).to(inputs[1].device)
+    outs = [y for y in block(*leaves, masks_of_layers(DROPOUT, seeds, 2)[BLOCKS[kind]]) if y is not None]
+    douts = [torch.linspace(-1, 1, y.numel()).view(y.shape).to(y) for y in outs]
+    wanted = [x for x in leaves if x is not None]
+    return [*(y.detach() for y in outs), *torch.autograd.grad(outs, [*wanted, *block.parameters()], douts)]
 
 
-def assert_one_graph_serves_every_seed(block: nn.Module, x: Tensor, backend: str, exact: nn.Module) -> None:
+def assert_one_graph_serves_every_seed(
+    kind: str, block: nn.Module, inputs: list[Tensor | None], backend: str, exact: nn.Module
+) -> None:
     """As close as the block without a compiler, by the rule of `fastgpt_kernels.testing`; `exact` is the oracle."""
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=backend)
@@ -47,9 +54,11 @@ def assert_one_graph_serves_every_seed(block: nn.Module, x: Tensor, backend: str
     results = []
     for seed in (5, 6):
         with torch._dynamo.config.patch(error_on_recompile=seed != 5):
-            ours = output_and_gradients(compiled, x, seed)
-        eager = output_and_gradients(block, x, seed)
-        assert_close(ours, eager, output_and_gradients(exact, x.to(wide), seed), [result.dtype for result in ours])
+            ours = outputs_and_gradients(kind, compiled, inputs, seed)
+        eager = outputs_and_gradients(kind, block, inputs, seed)
+        widened = [None if x is None else x.to(wide) for x in inputs]
+        oracle = outputs_and_gradients(kind, exact, widened, seed)
+        assert_close(ours, eager, oracle, [result.dtype for result in ours])
         results.append(ours[0])
     assert not torch.equal(*results), "the mask did not follow the seed"
 
@@ -64,23 +73,35 @@ def assert_one_graph_serves_every_seed(block: nn.Module, x: Tensor, backend: str
         pytest.param("inductor", torch.float32, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_a_block_compiles_to_one_graph_that_serves_every_seed(norm: str, backend: str, dtype: torch.dtype) -> None:
-    block = block_of(norm, load_ops("torch")).to(dtype)
-    assert_one_graph_serves_every_seed(block, input_of(dtype), backend, copy.deepcopy(block).double())
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_a_block_compiles_to_one_graph_that_serves_every_seed(kind: str, backend: str, dtype: torch.dtype) -> None:
+    block = block_of(kind, load_ops("torch")).to(dtype)
+    assert_one_graph_serves_every_seed(kind, block, inputs_of(kind, dtype), backend, copy.deepcopy(block).double())
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_a_block_of_triton_kernels_does_too(norm: str, device: str) -> None:
-    block = block_of(norm, load_ops("triton")).to(device)
+def test_the_first_block_compiles_too() -> None:
+    kind = "pre, first"
+    block = block_of(kind, load_ops("torch"))
+    exact = copy.deepcopy(block).double()
+    assert_one_graph_serves_every_seed(kind, block, inputs_of(kind, torch.float32), "aot_eager", exact)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_a_block_of_triton_kernels_does_too(kind: str, device: str) -> None:
+    block = block_of(kind, load_ops("triton")).to(device)
     # the same kernels in the same order: the very bits
-    assert_one_graph_serves_every_seed(block, input_of(torch.float32).to(device), "aot_eager", block)
+    inputs = on(device, inputs_of(kind, torch.float32))
+    assert_one_graph_serves_every_seed(kind, block, inputs, "aot_eager", block)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_inductor_compiles_a_block_of_triton_kernels(norm: str, device: str) -> None:
-    block = block_of(norm, load_ops("triton")).to(device, torch.bfloat16)
-    x = input_of(torch.bfloat16).to(device)
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_inductor_compiles_a_block_of_triton_kernels(kind: str, device: str) -> None:
+    block = block_of(kind, load_ops("triton")).to(device, torch.bfloat16)
+    inputs = on(device, inputs_of(kind, torch.bfloat16))
     # the masks of these kernels depend on no dtype
-    assert_one_graph_serves_every_seed(block, x, "inductor", copy.deepcopy(block).float())
+    assert_one_graph_serves_every_seed(kind, block, inputs, "inductor", copy.deepcopy(block).float())
+
+
+def on(device: str, inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.to(device) for x in inputs]

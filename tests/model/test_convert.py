@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.generate import generate
-from fastgpt.model import GPT
+from fastgpt.model import GPT, build_model
 from fastgpt.model.convert import from_hugging_face, to_hugging_face
 
 SHAPES = [
@@ -142,6 +143,12 @@ def test_an_output_matrix_of_its_own_is_refused(model: GPT) -> None:
     state["lm_head.weight"] = model.token_embedding.weight + 1
     with pytest.raises(UserError, match=r"lm_head\.weight differs from the token table"):
         from_hugging_face(state, settings, model.ops)
+
+
+def test_a_window_is_refused_with_what_they_compute(config_of: Callable[..., ModelConfig]) -> None:
+    model = build_model(config_of(attention="alternating", window=4), load_ops("torch"))
+    with pytest.raises(UserError, match=r"^model\.attention: alternating cannot be written .* attention: dense"):
+        to_hugging_face(model)
 
 
 def test_an_unknown_tensor_is_named(model: GPT) -> None:

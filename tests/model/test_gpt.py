@@ -7,12 +7,12 @@ import torch
 from fastgpt_kernels import Ops, load_ops
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, build_model, flops_per_token, parameter_count
-from fastgpt.model.dropout import dropout_seeds
+from fastgpt.model.dropout import Masks, dropout_seeds
 from fastgpt.model.seeds import fold
 
 GPT2 = {"context": 1024, "vocab_size": 50257, "norm": "pre"}
@@ -101,6 +101,36 @@ def test_no_position_sees_its_future(model: GPT, tokens: Tensor) -> None:
         after = model(other)
         assert torch.equal(after[:, :changed], before[:, :changed])
         assert (after[:, changed:] != before[:, changed:]).any(-1).all()
+
+
+def test_alternating_layers_read_all_that_is_before_them_and_a_window_of_it(
+    config_of: Callable[..., ModelConfig], scramble: Callable[[GPT], GPT], norm: str
+) -> None:
+    config = config_of(norm=norm, n_layer=4, attention="alternating", window=3)
+    model = scramble(build_model(config, load_ops("torch"))).double()
+    assert [config.window_of(layer) for layer in range(4)] == [None, 3, None, 3]
+    past = torch.arange(11)[:, None] - torch.arange(11)  # (i, j): how far back j lies from i
+    x = torch.randn(11, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for layer, block in enumerate(model.blocks):
+
+        def attended(x: Tensor, attention: nn.Module = block.attention) -> Tensor:
+            return attention(x[None], Masks(0.0, None))[0].sum(-1)
+
+        reads = (torch.autograd.functional.jacobian(attended, x) != 0).any(-1)  # (i, j)
+        assert torch.equal(reads, (past >= 0) & ((past < 3) if layer % 2 else True))
+
+
+def test_the_window_of_a_single_layer_changes_nothing(config_of: Callable[..., ModelConfig], tokens: Tensor) -> None:
+    dense, banded = (
+        build_model(config_of(n_layer=1, **changes), load_ops("torch"))
+        for changes in ({}, {"attention": "alternating", "window": 2})
+    )
+    assert torch.equal(dense(tokens), banded(tokens))
+
+
+def test_a_banded_layer_counts_its_window_as_work(config_of: Callable[..., ModelConfig]) -> None:
+    dense, banded = config_of(n_layer=3), config_of(n_layer=3, attention="alternating", window=4)
+    assert flops_per_token(dense) - flops_per_token(banded) == 12 * 21 * (13 - 4)
 
 
 def test_sequences_of_a_batch_do_not_see_each_other(model: GPT, tokens: Tensor) -> None:
@@ -225,7 +255,11 @@ def test_a_backend_is_handed_the_whole_of_a_branch_to_fuse(dropping: GPT, tokens
     assert outside <= products | views, outside - products - views
 
 
-def test_checkpointed_activations_give_bit_identical_gradients_with_dropout(dropping: GPT, tokens: Tensor) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_activations_give_bit_identical_gradients_with_dropout(
+    dropping: GPT, tokens: Tensor, dtype: torch.dtype
+) -> None:
+    dropping.to(dtype)
     gradients = []
     for checkpointed in (False, True):
         dropping.zero_grad()

@@ -64,6 +64,16 @@ def test_every_parameter_starts_at_its_initial_value(config: ModelConfig) -> Non
         assert torch.equal(parameter, initial_value(name, tuple(parameter.shape), config, 3)), name
 
 
+@pytest.mark.parametrize("threads", [1, 5])
+def test_values_do_not_depend_on_how_many_are_drawn_at_a_time(
+    threads: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model = build_model(config, load_ops("torch"), seed=3)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, initial_value(name, tuple(parameter.shape), config, 3)), name
+
+
 def test_a_bf16_model_starts_at_the_rounded_values(config: ModelConfig) -> None:
     model = GPT(config, load_ops("torch")).to(torch.bfloat16)
     initialise(model, 3)

@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,23 @@ def test_every_update_and_validation_is_recorded(run: Path) -> None:
     assert all(keys <= set(r) for r in rows)
     assert all({"perplexity", "bits_per_byte"} <= set(r) for r in rows if r["split"] == "validation")
     assert [r["tokens"] for r in rows if r["split"] == "train"] == [512 * n for n in range(1, 13)]
+
+
+def test_a_growing_batch_is_recorded_in_tokens_and_resumed_exactly(tiny: Path, tmp_path: Path, losses: Losses) -> None:
+    words = [str(tiny), "engine.precision=fp32", "train.schedule=constant", "train.sample_tokens=0"]
+    words += ["train.batch_ramp_start=128", "train.batch_ramp_tokens=1500"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main(["train", *words, f"out={whole}"]) == 0
+    for steps in (4, 12):  # the batch changes with the fifth update
+        assert main(["train", *words, f"out={halves}", f"train.steps={steps}"]) == 0
+    rows = [r["tokens"] for r in records(whole) if r["split"] == "train"]
+    sizes = [after - before for before, after in pairwise([0, *rows])]
+    assert sizes == [128, 128, 128, 128, 256, 256, 384, 384, 512, 512, 512, 512]
+    again = losses(halves)
+    assert {key: loss for key, loss in losses(whole).items() if key in again and key[1] == "train"} == {
+        key: loss for key, loss in again.items() if key[1] == "train"
+    }
+    assert len([key for key in again if key[1] == "train"]) == 12
 
 
 def test_validation_figures_agree_with_each_other(run: Path) -> None:
@@ -186,6 +204,19 @@ def test_the_deepspeed_launcher_trains_as_one_process_does(
         f"out={out}", f"engine.zero_stage={stage}", "engine.precision=fp32",
     )  # fmt: skip
     assert (out / "metrics.jsonl").exists(), outcome.stdout + outcome.stderr
+    ours, single = losses(out), losses(run)
+    assert ours.keys() == single.keys()
+    assert max(abs(ours[k] - single[k]) for k in single) <= 1e-5
+
+
+@pytest.mark.distributed
+def test_deepspeed_on_one_rank_needs_no_launcher(
+    run: Path, tiny: Path, tmp_path: Path, command: Command, losses: Losses
+) -> None:
+    out = tmp_path / "run"
+    words = (f"out={out}", "engine.kind=deepspeed", "engine.precision=fp32")
+    outcome = command(*FASTGPT, "train", tiny, *words)
+    assert outcome.returncode == 0, outcome.stderr
     ours, single = losses(out), losses(run)
     assert ours.keys() == single.keys()
     assert max(abs(ours[k] - single[k]) for k in single) <= 1e-5

@@ -57,6 +57,19 @@ def test_more_steps_go_on_from_a_finished_run(tmp_path: Path) -> None:
     assert decision.changes == ("train.steps was 10, is 20",)
 
 
+def test_compiling_from_now_on_goes_on_and_is_told(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 5)
+    decision = plan(config(tmp_path, engine__compile=True))
+    assert (decision.resume, decision.changes) == (True, ("engine.compile was False, is True",))
+
+
+def test_a_run_from_before_there_was_a_compiler_goes_on_without_one(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 5)
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("  compile: false\n", ""))
+    assert plan(config(tmp_path)).changes == ()
+
+
 def test_another_stage_goes_on_from_an_unfinished_run(tmp_path: Path) -> None:
     leave_run(tmp_path / "run", config(tmp_path), 5)
     assert plan(config(tmp_path, engine__zero_stage=3)).resume
@@ -108,7 +121,9 @@ def test_settings_that_change_no_number_do_not_start_another_run(change: dict[st
     [
         ({"model__n_embd": 32}, "model.n_embd was 16, is 32"),
         ({"model__norm": "post"}, "model.norm was pre, is post"),
+        ({"model__attention": "alternating", "model__window": 3}, "model.window was None, is 3"),
         ({"train__seed": 3}, "train.seed was 1337, is 3"),
+        ({"train__batch_ramp_tokens": 50, "train__batch_ramp_start": 16}, "train.batch_ramp_tokens was None, is 50"),
         ({"train__batch_tokens": 32}, "train.batch_tokens was 16, is 32"),
     ],
 )

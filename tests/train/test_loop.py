@@ -5,6 +5,7 @@ import pytest
 
 from fastgpt.engine.base import Pending, Update
 from fastgpt.engine.ranks import Ranks
+from fastgpt.ramp import BatchSizes
 from fastgpt.train.loop import train
 from fastgpt.train.saver import Interrupted, Saver
 from fastgpt.train.watchers import Measured
@@ -55,7 +56,7 @@ class Looker:
 def run(done: bool, looks: set[int], steps: int = 5) -> tuple[Device, Looker]:
     engine = Device(done)
     looker = Looker(engine, looks)
-    train(engine, iter([None] * steps), steps=steps, batch_tokens=10, watchers=[looker])  # type: ignore[arg-type, list-item]
+    train(engine, iter([None] * steps), steps=steps, sizes=BatchSizes(10), watchers=[looker])  # type: ignore[arg-type, list-item]
     assert looker.told == list(range(1, steps + 1))
     return engine, looker
 
@@ -107,5 +108,5 @@ def test_a_signal_saves_an_engine_that_stands_at_the_step_it_is_saved_as(done: b
 
     with pytest.raises(Interrupted):
         watchers = [Signals(engine, set()), saver]
-        train(engine, iter([None] * 9), steps=9, batch_tokens=10, watchers=watchers)  # type: ignore[arg-type, list-item]
+        train(engine, iter([None] * 9), steps=9, sizes=BatchSizes(10), watchers=watchers)  # type: ignore[arg-type, list-item]
     assert store.saved == [saved] and engine.events[-1] == f"write {saved}"

@@ -72,22 +72,31 @@ def dropout(x: Tensor, p: float, seed: Seed | None) -> Tensor:
     is p to within 2^-17, and the scale that of the rate really used (`fastgpt_kernels.seeds.rate`).
     """
     raise_if_any(checks.against_dropout_of(x, p, seed), "dropout", "torch", REMEDY)
-    if p == 0.0 or seed is None:
-        return x
-    key = seed_tensor(seed, x.device)
-    if not _in_chunks(x):
-        return seeded_dropout(x, p, key)
-    y: Tensor = _dropout(x, None, key, p, x.dtype)
-    return y
+    return _dropped(x, p, seed)
 
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Tensor:
     """residual + dropout(x), in the dtype of residual."""
     reasons = checks.against_dropout_add(x, residual, p, seed)
     raise_if_any(reasons, "dropout_add", "torch", REMEDY)
+    return residual_sum(x, residual, p, seed)
+
+
+def residual_sum(x: Tensor, residual: Tensor, p: float, seed: Seed | None) -> Tensor:
+    """`dropout_add` of arguments that are checked."""
     if p == 0.0 or seed is None or not _in_chunks(x):
-        return (residual + dropout(x, p, seed)).to(residual.dtype)
+        return (residual + _dropped(x, p, seed)).to(residual.dtype)
     y: Tensor = _dropout(x, residual, seed_tensor(seed, x.device), p, residual.dtype)
+    return y
+
+
+def _dropped(x: Tensor, p: float, seed: Seed | None) -> Tensor:
+    if p == 0.0 or seed is None:
+        return x
+    key = seed_tensor(seed, x.device)
+    if not _in_chunks(x):
+        return seeded_dropout(x, p, key)
+    y: Tensor = _dropout(x, None, key, p, x.dtype)
     return y
 
 

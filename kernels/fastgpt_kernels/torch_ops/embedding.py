@@ -2,8 +2,9 @@
 
 On a CPU PyTorch's own gradient adds up the rows of a token in the dtype of the table. In 16 bits such a sum stops
 growing after some hundred terms (256 + 1 = 256), which the space or the newline reach in any batch. Here the tokens are
-sorted and `embedding_bag` adds the rows of each in float32 (in float64 for float64), in their order: one rounding, the
-same bits in every run, and little more time than it takes to fill the gradient of the table with zeros.
+sorted and `embedding_bag` adds the rows of each in float32 (in float64 for float64), in their order: one rounding, and
+the same bits in every run. Each row of a table is a bag, empty for a token that does not occur, so that a gradient is
+written in one pass, without zeros before it.
 """
 
 from typing import Any
@@ -30,27 +31,49 @@ def _(tokens: Tensor, token_table: Tensor, position_table: Tensor, p: float, see
     return token_table.new_empty((*tokens.shape, token_table.shape[1]))
 
 
-@torch.library.custom_op("fastgpt::embedding_cpu_token_gradient", mutates_args=())
-def _token_gradient(tokens: Tensor, dy: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("fastgpt::embedding_cpu_gradients", mutates_args=())
+def _gradients(tokens: Tensor, dy: Tensor, rows: list[int], needed: list[bool], dtype: torch.dtype) -> list[Tensor]:
+    """Of the tables of tokens and of positions, so many rows each, those that are needed; dy (B, T, N)."""
+    gradients = []
+    if needed[0]:
+        gradients.append(token_gradient(tokens, dy, rows[0], dtype))
+    if needed[1]:
+        gradients.append(position_gradient(dy, rows[1], dtype))
+    return gradients
+
+
+@_gradients.register_fake
+def _(tokens: Tensor, dy: Tensor, rows: list[int], needed: list[bool], dtype: torch.dtype) -> list[Tensor]:
+    return [dy.new_empty((n, dy.shape[-1]), dtype=dtype) for n, need in zip(rows, needed, strict=True) if need]
+
+
+def token_gradient(tokens: Tensor, dy: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """(rows, N): to each token the sum of its rows of dy (B, T, N)."""
-    N = dy.shape[-1]
-    dtable = dy.new_zeros((rows, N), dtype=dtype)
     ordered, order = tokens.reshape(-1).sort(stable=True)
+    if dy.dtype == dtype:
+        return sums_of_rows(dy, order, (ordered + 1).bincount(minlength=rows + 1)[:rows].cumsum(0))
+    # a sum for every row in the wider dtype of dy would be a second table
+    dtable = dy.new_zeros((rows, dy.shape[-1]), dtype=dtype)
     used, counts = ordered.unique_consecutive(return_counts=True)
-    if len(used):
-        sums = F.embedding_bag(order, dy.reshape(-1, N), counts.cumsum(0) - counts, mode="sum")
-        dtable[used.long()] = sums.to(dtype)
+    dtable[used.long()] = sums_of_rows(dy, order, counts.cumsum(0) - counts).to(dtype)
     return dtable
 
 
-@_token_gradient.register_fake
-def _(tokens: Tensor, dy: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    return dy.new_empty((rows, dy.shape[-1]), dtype=dtype)
+def position_gradient(dy: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """(rows, N): to each position the sum of its rows of dy (B, T, N)."""
+    B, T, _ = dy.shape
+    order = torch.arange(B * T).view(B, T).t().reshape(-1)
+    return sums_of_rows(dy, order, torch.arange(rows).mul_(B).clamp_(max=B * T)).to(dtype)
+
+
+def sums_of_rows(dy: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """The sums of bags of rows of dy (B, T, N), which start at these places of an order: (bags, N) in dy's dtype."""
+    return F.embedding_bag(order, dy.reshape(-1, dy.shape[-1]), starts, mode="sum")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, Tensor | None], output: Tensor) -> None:
     tokens, token_table, position_table, ctx.p, seed = inputs
-    ctx.rows = token_table.shape[0], position_table.shape[0]
+    ctx.rows = [token_table.shape[0], position_table.shape[0]]
     ctx.save_for_backward(tokens, seed)
 
 
@@ -60,11 +83,9 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if seed is not None:
         # in float32, so that no term of the sums is rounded
         dy = _dropout(dy, None, seed, ctx.p, wide)
-    dtokens = dpositions = None
-    if ctx.needs_input_grad[1]:
-        dtokens = _token_gradient(tokens, dy, ctx.rows[0], dtype)
-    if ctx.needs_input_grad[2]:
-        dpositions = F.pad(dy.sum(0, dtype=wide).to(dtype), (0, 0, 0, ctx.rows[1] - tokens.shape[1]))
+    needed = list(ctx.needs_input_grad[1:3])
+    gradients = iter(_gradients(tokens, dy, ctx.rows, needed, dtype))
+    dtokens, dpositions = (next(gradients) if need else None for need in needed)
     return None, dtokens, dpositions, None, None
 
 

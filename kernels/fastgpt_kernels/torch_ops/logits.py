@@ -51,7 +51,7 @@ def _padded_logits(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     V, N = weight.shape
     columns = padded_columns(V)
-    return _first_columns(x.new_empty((x.shape[0], columns)), V), weight.new_empty((columns, N))
+    return x.new_empty_strided((x.shape[0], V), (columns, 1)), weight.new_empty((columns, N))
 
 
 def _first_columns(z: Tensor, V: int) -> Tensor:

@@ -1,0 +1,218 @@
+"""The bytes of a training step on one GPU, tensor by tensor.
+
+What is live changes within a step. Four moments can be the fullest: the backward of the output matrix, when all
+activations and the logits are there; that of the last block, when its own gradients have come; that of the first block,
+when all gradients of weights are there; and that of the embedding, whose table has more than one. The plan takes the
+largest.
+
+B sequences of T positions make B T rows; N is the width, H the number of heads, V the vocabulary, e the bytes of a
+weight or activation. The names are those of the code in `fastgpt/model`, the tensors what its operations keep for the
+backward (`docs/numerics.md`).
+"""
+
+from typing import NamedTuple
+
+from fastgpt.config import Config, ModelConfig
+from fastgpt.plan.layout import Layout
+from fastgpt.sizes import parameter_count
+
+FP32 = 4
+# of the CUDA context, cuBLAS, NCCL and the kernels' own scratch memory
+RESERVE = 2 * 10**9
+# what the allocator loses between its blocks
+FRAGMENTATION = 0.04
+# elements that DeepSpeed's stage 3 gathers ahead (stage3_prefetch_bucket_size)
+PREFETCH = 50_000_000
+
+
+# columns of logits in 16 bits come in multiples of this (fastgpt_kernels/torch_ops/logits.py)
+LOGITS_MULTIPLE = 128
+
+
+class Memory(NamedTuple):
+    """Bytes by kind, at one moment."""
+
+    weights: int  # in the run's precision
+    gradients: int
+    optimizer: int  # fp32 masters and both moments
+    activations: int  # kept for the backward, and the gradients that pass through it
+    logits: int  # and the output matrix in as many rows as they have columns
+    buffers: int  # DeepSpeed's, for communication
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(self)
+
+
+def needed(config: Config, layout: Layout) -> Memory:
+    """The bytes of an update at its fullest moment."""
+    return max(moments(config, layout).values(), key=lambda memory: memory.total)
+
+
+def fits(memory: Memory, capacity: int) -> bool:
+    """Whether a GPU of so many bytes has room for it, beside what its libraries and its allocator take."""
+    return memory.total * (1 + FRAGMENTATION) + RESERVE <= capacity
+
+
+def moments(config: Config, layout: Layout) -> dict[str, Memory]:
+    """Bytes by kind, at each moment that can be the fullest."""
+    model, rows = config.model, layout.micro_batch_size * config.model.context
+    e = layout.element
+    row = rows * model.n_embd * e
+    block = sum(kept_by_block(model, rows, e).values())
+    inside = 0 if layout.checkpointing else block * model.n_layer
+    inputs = block_input(model, rows, e) * model.n_layer if layout.checkpointing else 0
+    outside = sum(kept_outside(model, rows, e).values())
+    # the backward of a checkpointed block holds all that its forward makes anew
+    recomputed = block - block_input(model, rows, e) if layout.checkpointing else 0
+    through = sum(passing_through_block(model, rows, e).values())
+    logits = sum(logits_and_matrix(model, rows, e).values())
+    table = model.vocab_size * model.n_embd * e
+
+    weights, optimizer = resident_weights(config, layout), resident_optimizer(config, layout)
+    buffers = communication_buffers(config, layout)
+    held, finished = resident_gradients(config, layout), passing_gradients(config, layout)
+
+    def moment(gradients: int, activations: int, logits: int = 0) -> Memory:
+        return Memory(weights, held + gradients, optimizer, activations, logits, buffers)
+
+    return {
+        # the logits' memory holds their gradient; of the output matrix and of its input there are gradients already
+        "output matrix": moment(table, inside + inputs + outside + row, logits),
+        "last block": moment(table, inside + inputs + recomputed + through),
+        "first block": moment(max(finished, table), block + through),
+        # the table has two gradients, as output and as input, and then their sum
+        "embedding": moment(max(finished, table) + 2 * table, row),
+    }
+
+
+def kept_by_block(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
+    """What one block keeps for its backward, its input included, in the order of its forward."""
+    n, h = model.n_embd, model.n_head
+    statistics = rows * 2 * FP32
+    attention = {
+        "qkv": rows * 3 * n * e,
+        "attention": rows * n * e,
+        "log(sum exp) of the scores": rows * h * FP32,
+    }
+    mlp = {"up, before GELU": rows * 4 * n * e, "up, after GELU": rows * 4 * n * e}
+    if model.norm == "pre":
+        return {
+            "stream": rows * n * e,
+            "norm_1": rows * n * e,
+            "mean and 1/std of norm_1": statistics,
+            **attention,
+            "stream + attention": rows * n * e,
+            "norm_2": rows * n * e,
+            "mean and 1/std of norm_2": statistics,
+            **mlp,
+        }
+    return {
+        "input": rows * n * e,
+        **attention,
+        "input + attention": rows * n * e,
+        "norm_1": rows * n * e,
+        "mean and 1/std of norm_1": statistics,
+        **mlp,
+        "norm_1 + mlp": rows * n * e,
+        "mean and 1/std of norm_2": statistics,
+    }
+
+
+def block_input(model: ModelConfig, rows: int, e: int) -> int:
+    """What a block is given: all that checkpointing keeps of it."""
+    return rows * model.n_embd * e
+
+
+def kept_outside(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
+    """What is kept of a forward pass outside the blocks."""
+    n = model.n_embd
+    final = {"final norm": rows * n * e, "mean and 1/std of the final norm": rows * 2 * FP32}
+    return {
+        "tokens and targets": rows * 2 * 8,
+        "losses": rows * FP32,
+        "output of the last block": rows * n * e,
+        **(final if model.norm == "pre" else {}),
+    }
+
+
+def logits_and_matrix(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
+    """Logits, in 16 bits with columns of zeros, for which the output matrix is copied into rows of zeros."""
+    columns = -(-model.vocab_size // LOGITS_MULTIPLE) * LOGITS_MULTIPLE
+    if e == FP32 or columns == model.vocab_size:
+        return {"logits": rows * model.vocab_size * e}
+    return {"logits": rows * columns * e, "output matrix": columns * model.n_embd * e}
+
+
+def passing_through_block(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
+    """Gradients of activations that are there at once in the backward of a block, at its fullest: that of the MLP."""
+    n = model.n_embd
+    return {
+        "of the stream": rows * n * e,
+        "after GELU": rows * 4 * n * e,
+        "before GELU": rows * 4 * n * e,
+        "of the MLP's input": rows * n * e,
+    }
+
+
+def resident_weights(config: Config, layout: Layout) -> int:
+    """Weights in the run's precision; ZeRO-3 gathers two blocks at a time, and the table when it is used."""
+    model, e = config.model, layout.element
+    parameters = parameter_count(model)
+    if layout.zero_stage < 3 or not layout.deepspeed:
+        return parameters * e
+    block = 12 * model.n_embd**2
+    gathered = min(parameters, max(2 * block, model.vocab_size * model.n_embd + block) + PREFETCH)
+    own = 0 if layout.offload == "optimizer+parameters" else -(-parameters // layout.gpus)
+    return (own + gathered) * e
+
+
+def resident_optimizer(config: Config, layout: Layout) -> int:
+    """fp32 masters and the two moments; in fp32 the weights are the masters, unless ZeRO keeps its own."""
+    if layout.offload != "none":
+        return 0
+    own_masters = layout.precision != "fp32" or (layout.deepspeed and layout.zero_stage > 0)
+    return -(-parameter_count(config.model) * FP32 * (3 if own_masters else 2) // layout.shards(1))
+
+
+def resident_gradients(config: Config, layout: Layout) -> int:
+    """fp32 sums of gradients that stay through the update.
+
+    A single process keeps them where it accumulates. DeepSpeed keeps them whole at stage 1 (BF16_Optimizer) and its own
+    part at stages 2 and 3; at stage 0 it accumulates in the run's precision.
+    """
+    parameters = parameter_count(config.model)
+    if not layout.deepspeed:
+        return parameters * FP32 if layout.accumulation > 1 else 0
+    if layout.zero_stage == 0:
+        return parameters * layout.element
+    if layout.offload != "none":
+        return 0
+    return -(-parameters * FP32 // layout.shards(2))
+
+
+def passing_gradients(config: Config, layout: Layout) -> int:
+    """Gradients in the run's precision at the end of a backward pass, before they are added to the sums."""
+    if layout.deepspeed:
+        return 0  # each is added, or sent, as soon as it is there
+    if layout.precision == "fp32" and layout.accumulation > 1:
+        return 0
+    return parameter_count(config.model) * layout.element
+
+
+def communication_buffers(config: Config, layout: Layout) -> int:
+    """DeepSpeed's buckets.
+
+    Stage 1 flattens a bucket of fp32 sums. Stages 2 and 3 fill buckets of gradients, two at stage 2 where reduction
+    overlaps, and reduce them in fp32. Stage 0 makes an fp32 copy of its gradients for the optimizer, when activations
+    are gone, which is never the fullest moment but for the smallest batches; it has no buckets of its own.
+    """
+    if not layout.deepspeed or layout.zero_stage == 0 or layout.gpus == 1:
+        return 0
+    bucket = config.engine.reduce_bucket_size
+    if layout.zero_stage == 1:
+        return min(bucket, parameter_count(config.model)) * FP32
+    filled = 2 if layout.zero_stage == 2 and config.engine.overlap_comm else 1
+    reduced = min(bucket, parameter_count(config.model)) * FP32
+    return filled * bucket * layout.element + reduced
