@@ -120,10 +120,13 @@ def examine(
         compiled = {finding.tiles for finding in before}
         here = {finding.tiles for finding in before if finding.triton == triton.__version__}
         good = 0
+        chosen_now = preferred(line)[0]
         for candidate in preferred(line):
             if good >= enough:
                 break
-            if candidate in spilling or (candidate in hopeless and candidate not in compiled):
+            # what is chosen now was good here, whatever it does at other sizes
+            untried = candidate in hopeless and candidate not in compiled and candidate != chosen_now
+            if candidate in spilling or untried:
                 continue
             if candidate not in here:
                 findings.append(examine_one(line, candidate))

@@ -154,3 +154,16 @@ def test_the_tables_are_installed_with_the_package():
     patterns = project["tool"]["setuptools"]["package-data"]["fastgpt_kernels"]
     for path in (tiles.PATH, linear_gelu.PATH):
         assert any(path.match(pattern) for pattern in patterns)
+
+
+def test_what_is_chosen_now_is_compiled_again_though_it_spilled_at_a_smaller_size(monkeypatch):
+    small, large = (tiles.entry_for("forward", "sm_80", 16, D, False) for D in (64, 80))
+    spilling = large.tiles
+
+    def examine_one(line, candidate):
+        spilled = 8 if (line.head_size, candidate) == (64, spilling) else 0
+        return tile_search.Finding("", "3.9.0", line[:5], candidate, 200, spilled, [], 1.0)
+
+    monkeypatch.setattr(tile_search, "examine_one", examine_one)
+    found = tile_search.examine([large, small], {}, 3)
+    assert [f.spilled_bytes for f in found if f.tiles == spilling] == [8, 0]
