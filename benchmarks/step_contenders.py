@@ -33,13 +33,13 @@ from fastgpt.train.start import set_up
 SAME_WEIGHTS = (*OURS, "plain", "plain-compile", "plain-compile-cudnn", "plain-fp32")
 ABOUT = {
     "ours": "the single engine, as `fastgpt train` runs it",
-    "reference": "the same with PyTorch's operations in the place of Triton's",
+    "ours-no-graph": "ours without its CUDA graph",
+    "reference": "ours with PyTorch's operations in the place of Triton's",
     **{name: f"the DeepSpeed engine, ZeRO-{stage}, one rank" for name, stage in ZERO.items()},
     "plain": "plain PyTorch, bf16 autocast over fp32 weights",
     "plain-compile": "plain under torch.compile",
     "plain-compile-cudnn": "plain under torch.compile, SDPA by cuDNN",
     "ours-compile": "ours with engine.compile",
-    "ours-no-graph": "ours without its CUDA graph",
     "plain-fp32": "plain PyTorch in fp32",
     "transformers": "GPT2LMHeadModel with SDPA, bf16 autocast",
     "liger": "transformers with Liger's layer norm and cross-entropy",

@@ -368,6 +368,7 @@ def test_every_part_of_the_gpus_turn_is_a_command_that_can_be_parsed(scale):
         case = step.case_of(str(gpu.ROOT / options.config), options.overrides, None)
         assert part.name == case.part
         assert options.contenders.startswith("ours,") and set(options.contenders.split(",")) <= set(ABOUT)
+        assert step.chosen(options.contenders, case.job) == options.contenders.split(",")  # the order of their turns
     assert [part.name for part in gpu.steps_for("gpu", None)] == [f"step-{name}" for name in gpu.STEPS]
 
 

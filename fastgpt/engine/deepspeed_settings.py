@@ -4,6 +4,7 @@ from typing import Any
 
 from fastgpt.config import Config
 from fastgpt.engine.precision import LossScale
+from fastgpt.sizes import parameter_count
 
 
 def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def deepspeed_settings(config: Config, precision: str, world_size: int) -> dict[
             "stage": stage,
             "overlap_comm": config.engine.overlap_comm and shared,
             "reduce_scatter": shared,
-            "reduce_bucket_size": config.engine.reduce_bucket_size,
+            # DeepSpeed makes the whole bucket, however small the model
+            "reduce_bucket_size": min(config.engine.reduce_bucket_size, parameter_count(config.model)),
             "allgather_bucket_size": config.engine.reduce_bucket_size,
         },
         "zero_allow_untested_optimizer": True,

@@ -210,9 +210,8 @@ def communication_buffers(config: Config, layout: Layout) -> int:
     """
     if not layout.deepspeed or layout.zero_stage == 0 or layout.gpus == 1:
         return 0
-    bucket = config.engine.reduce_bucket_size
+    bucket = min(config.engine.reduce_bucket_size, parameter_count(config.model))
     if layout.zero_stage == 1:
-        return min(bucket, parameter_count(config.model)) * FP32
+        return bucket * FP32
     filled = 2 if layout.zero_stage == 2 and config.engine.overlap_comm else 1
-    reduced = min(bucket, parameter_count(config.model)) * FP32
-    return filled * bucket * layout.element + reduced
+    return bucket * (filled * layout.element + FP32)

@@ -52,6 +52,13 @@ def test_deepspeed_times_nothing_and_moves_gradients_as_they_come() -> None:
     assert bf16.enabled and bf16.immediate_grad_update
 
 
+def test_a_bucket_is_no_larger_than_the_model() -> None:
+    small = deepspeed_settings(config(2), "bf16", 8)["zero_optimization"]["reduce_bucket_size"]
+    path = Path(__file__).parents[2] / "configs" / "gpt2-1558m.yaml"
+    large = deepspeed_settings(load_config(path), "bf16", 8)["zero_optimization"]["reduce_bucket_size"]
+    assert (small, large) == (124_439_808, 500_000_000)
+
+
 @pytest.mark.parametrize(("stage", "world_size", "shared"), [(1, 1, False), (2, 1, False), (2, 2, True), (3, 1, True)])
 def test_one_rank_reduces_nothing(stage: int, world_size: int, shared: bool) -> None:
     zero = deepspeed_settings(config(stage), "bf16", world_size)["zero_optimization"]

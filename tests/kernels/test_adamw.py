@@ -142,6 +142,22 @@ def test_working_copies_are_the_masters_rounded(dtype, device, backend):
             assert torch.equal(rounded, master.detach().to(dtype))
 
 
+def test_working_copies_can_be_named_after_the_optimizer_is_made(device, backend):
+    results = []
+    for named_later in (False, True):
+        masters = masters_of(device)
+        copies = [torch.full(m.shape, 7.0, dtype=torch.float16, device=device) for m in masters]
+        pairs = list(zip(masters, copies, strict=True))
+        optimizer = make(masters, backend, working=None if named_later else pairs)
+        if named_later:
+            optimizer.set_working(pairs)
+            with pytest.raises(UnsupportedInput, match=r"working copy 1 is torch\.float32"):
+                optimizer.set_working([pairs[0], (masters[1], copies[1].float())])
+        run(optimizer, masters, 2)
+        results.append([*masters, *copies])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_nothing_changes_where_the_scale_is_not_finite(scale, as_tensor, device, backend):
