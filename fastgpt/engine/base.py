@@ -1,15 +1,15 @@
 """What every engine does: updates from batches, losses for evaluation, logits for samples, state to and from disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastgpt.config import Config
-from fastgpt.data.source import Batch
+from fastgpt.data.source import RankBatch
 from fastgpt.engine.ranks import Ranks
 from fastgpt.model.seeds import fold
 
@@ -46,11 +46,14 @@ class Engine(Protocol):
     ranks: Ranks
     step: int  # updates so far, skipped ones included
 
-    def update(self, batch: Batch) -> Pending:
+    def update(self, batch: RankBatch) -> Pending:
         """Begin one update from this rank's micro-batches."""
 
-    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
-        """Summed loss (nats) of this rank's batch, dropout off; targets of -100 do not count."""
+    def outputs(self, arguments: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """What the model's `forward` gives for these tensors and options on this rank, dropout off, without gradient.
+
+        It lies on the engine's device, which may still be computing it.
+        """
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last of `tokens` (B, T), dropout off."""
@@ -68,6 +71,11 @@ class Engine(Protocol):
 def dropout_seed(config: Config, step: int, micro_batch: int) -> int:
     """The seed of one micro-batch's masks: by its place in the run, not by the rank that computes it."""
     return fold(config.train.seed, DROPOUT, step, micro_batch)
+
+
+def evaluation_loss(engine: Engine, inputs: Tensor, targets: Tensor) -> float:
+    """Summed loss (nats) of this rank's batch, dropout off; targets of -100 do not count."""
+    return float(engine.outputs({"tokens": inputs, "targets": targets}, reduction="sum"))
 
 
 def global_loss(ranks: Ranks, losses: list[Tensor]) -> float:

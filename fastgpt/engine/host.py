@@ -3,8 +3,8 @@
 import ctypes
 import os
 import sys
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST) and libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST))
 
 
-def to_device(tokens: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """Tokens on the device, by a copy from pinned memory that nobody waits for."""
-    x = torch.from_numpy(tokens)
+def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device, by a copy from pinned memory that nobody waits for."""
+    x = torch.from_numpy(values)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

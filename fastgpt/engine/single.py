@@ -1,15 +1,16 @@
 """One process, no DeepSpeed: the plain form of an update, which the other engine is held to."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastgpt_kernels import grad_norm
 from torch import Tensor
 
 from fastgpt.config import Config
-from fastgpt.data.source import Batch
+from fastgpt.data.source import RankBatch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.cuda_graph import CudaGraphs, GraphedMicroStep, Recorder
@@ -23,7 +24,7 @@ from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Fragment, Progress, check_parameters, read_state, restored_scale, write_state
 from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
-from fastgpt.model.init import initialise
+from fastgpt.model.init import InitialValues, initial_values, initialise
 
 
 class SingleProcess:
@@ -36,14 +37,15 @@ class SingleProcess:
         precision: str,
         device: torch.device,
         recorder: Recorder | None = None,
+        values: InitialValues | None = None,
     ) -> None:
-        """Build and initialise the model; a `recorder` makes the micro-step one graph, by default CUDA's on a GPU."""
+        """Build and initialise the model, by default to begin with; a `recorder` makes the micro-step one graph, by default CUDA's on a GPU."""
         self.ranks = Ranks()
         self.step = 0
         self._config = config
         self._device = device
         self._model = build().to(DTYPES[precision]).to(device)
-        initialise(self._model, config.train.seed)
+        initialise(self._model, values or initial_values(config.model, config.train.seed))
         if config.engine.compile:
             compile_blocks(self._model.blocks)
         self._weights = dict(self._model.named_parameters())
@@ -78,7 +80,7 @@ class SingleProcess:
     def phases(self, observer: Phases) -> None:
         self._micro_step.phases = observer
 
-    def update(self, batch: Batch) -> Pending:
+    def update(self, batch: RankBatch) -> Pending:
         """Begin one update from all micro-batches of the batch.
 
         On a GPU the host goes on while the device computes: it waits when the update is read, and under fp16, whose
@@ -90,8 +92,8 @@ class SingleProcess:
         factor = scale / len(batch.micro_batches)  # which a ramp of the batch changes
         self._micro_step.start_update()
         losses = [
-            self._micro_step(tokens, dropout_seed(self._config, self.step, index), factor)
-            for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
+            self._micro_step(part, dropout_seed(self._config, self.step, index), factor)
+            for part, index in zip(batch.parts, batch.micro_batches, strict=True)
         ]
         with self.phases("optimizer"):
             norm = grad_norm(self._gradients.all(), backend=optimizer_backend(self._config.kernels)) / scale
@@ -109,11 +111,12 @@ class SingleProcess:
 
         return Pending(read, done=self._device.type == "cpu" or self._scale is not None)
 
-    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
-        """Summed loss (nats) of a batch, dropout off."""
+    def outputs(self, arguments: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """What the model gives, dropout off."""
         with torch.no_grad():
             self._model.eval()
-            return float(self._model(inputs.to(self._device), targets=targets.to(self._device), reduction="sum"))
+            given: Tensor = self._model(**{n: t.to(self._device) for n, t in arguments.items()}, **options)
+            return given
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""

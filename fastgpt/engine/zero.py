@@ -5,24 +5,22 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from fastgpt_kernels import grad_norm
 from torch import Tensor
 
 from fastgpt.config import Config
-from fastgpt.data.source import Batch
+from fastgpt.data.source import MicroBatch, RankBatch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
-from fastgpt.engine.host import to_device
 from fastgpt.engine.layouts import PlainLayout, layout_of
+from fastgpt.engine.micro_step import arguments_of
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
 from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.engine.precision import DTYPES, LossScale
@@ -32,7 +30,7 @@ from fastgpt.engine.state import Progress, check_parameters, read_state, restore
 from fastgpt.errors import UserError
 from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
-from fastgpt.model.init import initial_value, initialise
+from fastgpt.model.init import InitialValues, initial_values, initialise
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +39,13 @@ class DeepSpeedZero:
     """An update on every rank at once; the numerics of `SingleProcess`, summed in another order."""
 
     def __init__(
-        self, build: Callable[[], GPT], config: Config, precision: str, device: torch.device, ranks: Ranks
+        self,
+        build: Callable[[], GPT],
+        config: Config,
+        precision: str,
+        device: torch.device,
+        ranks: Ranks,
+        values: InitialValues | None = None,
     ) -> None:
         deepspeed = _import_deepspeed(device, ranks.local_rank)
         self.ranks = ranks
@@ -63,7 +67,8 @@ class DeepSpeedZero:
         with _prints_logged():
             # takes over torch's process group, which ZeRO-3's sharded construction needs already
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-            self._model = self._build(build, deepspeed, settings)
+            values = values or initial_values(config.model, config.train.seed)
+            self._model = self._build(build, values, deepspeed, settings)
         if config.engine.compile:
             self._compile(deepspeed)
         self._weights = dict(self._model.named_parameters())
@@ -76,7 +81,7 @@ class DeepSpeedZero:
         self._layout = layout_of(self._engine.optimizer, self._stage, self._weights, ranks)
         self._sampler: CachedLogits | None = None
 
-    def update(self, batch: Batch) -> Pending:
+    def update(self, batch: RankBatch) -> Pending:
         """Begin one update from this rank's micro-batches."""
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
@@ -85,12 +90,12 @@ class DeepSpeedZero:
         skipped = self._engine.skipped_steps
         losses: list[Tensor] = []
         self._engine.train()
-        self._accumulate_over(len(batch.tokens))
-        for position, (tokens, index) in enumerate(zip(batch.tokens, batch.micro_batches, strict=True)):
+        self._accumulate_over(len(batch.parts))
+        for position, (part, index) in enumerate(zip(batch.parts, batch.micro_batches, strict=True)):
             if losses:
                 self._engine.step()  # counts micro-batches: the step after the last one is the update
-            self._engine.set_gradient_accumulation_boundary(position == len(batch.tokens) - 1)
-            losses.append(self._accumulate(tokens, index))
+            self._engine.set_gradient_accumulation_boundary(position == len(batch.parts) - 1)
+            losses.append(self._accumulate(part, index))
         with self.phases("optimizer"):
             norm = self._clip() if isinstance(self._layout, PlainLayout) else None
             self._engine.step()
@@ -104,11 +109,12 @@ class DeepSpeedZero:
 
         return Pending(read, done=self._device.type == "cpu")
 
-    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
-        """Summed loss (nats) of this rank's batch, dropout off."""
+    def outputs(self, arguments: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """What the model gives, dropout off."""
         with torch.no_grad():
             self._engine.eval()
-            return float(self._engine(inputs.to(self._device), targets=targets.to(self._device), reduction="sum"))
+            given: Tensor = self._engine(**{n: t.to(self._device) for n, t in arguments.items()}, **options)
+            return given
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
@@ -144,19 +150,18 @@ class DeepSpeedZero:
         self._layout.refresh_weights()
         self._sampler = None
 
-    def _build(self, build: Callable[[], GPT], deepspeed: Any, settings: dict[str, Any]) -> GPT:
+    def _build(self, build: Callable[[], GPT], values: InitialValues, deepspeed: Any, settings: dict[str, Any]) -> GPT:
         """The model with its initial values, at stage 3 sharded as each module is made."""
-        seed = self._config.train.seed
         if self._stage < 3:
             model = build().to(DTYPES[self._precision]).to(self._device)
-            initialise(model, seed)
+            initialise(model, values)
             return model
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model = build()
         for name, parameter in model.named_parameters():
             with self._gathered([parameter], modifier_rank=0), torch.no_grad():
                 if self.ranks.rank == 0:
-                    parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))
+                    parameter.copy_(values(name, tuple(parameter.shape)))
         return model
 
     def _compile(self, deepspeed: Any) -> None:
@@ -166,14 +171,13 @@ class DeepSpeedZero:
             deepspeed.utils.set_z3_leaf_module(block, True)
         compile_blocks(self._model.blocks)
 
-    def _accumulate(self, tokens: npt.NDArray[np.int64], micro_batch: int) -> Tensor:
-        """Add one micro-batch's gradient to those of the update; returns its mean loss. tokens (B, T + 1)."""
+    def _accumulate(self, part: MicroBatch, micro_batch: int) -> Tensor:
+        """Add one micro-batch's gradient to those of the update; returns its mean loss."""
         with self.phases("data"):
-            x = to_device(tokens, self._device)
+            arguments = arguments_of(part, self._device)
         with self.phases("forward"):
             loss: Tensor = self._engine(
-                x[:, :-1],
-                targets=x[:, 1:],
+                **arguments,
                 dropout_seed=dropout_seed(self._config, self.step, micro_batch),
                 checkpoint_activations=self._config.train.activation_checkpointing,
                 loss_gradient=self._loss_gradient(),

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters as COUNTERS
 
 from fastgpt.config import Config
 from fastgpt.data.source import RandomSource
-from fastgpt.engine.base import Engine
+from fastgpt.engine.base import Engine, evaluation_loss
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
@@ -95,7 +95,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     probe = torch.arange(2 * CONTEXT).reshape(2, CONTEXT)
     if scenario.get("read"):
         engine.read(Path(scenario["read"]))
-    first = engine.evaluation_loss(probe, probe)
+    first = evaluation_loss(engine, probe, probe)
     start = fingerprints(engine)
     before = engine.last_logits(probe[:, :7])
     source = RandomSource(
@@ -123,7 +123,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "micro_batches": [micro_batches(config).of(update["step"]) for update in updates],
         "loss_gradients": gradients,
         "first_forward": first,
-        "last_forward": engine.evaluation_loss(probe, probe),
+        "last_forward": evaluation_loss(engine, probe, probe),
         "sampling_moved": (after - before).abs().max().item(),
         "sampling_errors": [(a - b).abs().max().item() for a, b in ((after, shorter), (continued, longer))],
         "end": fingerprints(engine),
