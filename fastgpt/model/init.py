@@ -12,7 +12,6 @@ from fastgpt.config import ModelConfig
 from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
 
-
 InitialValues = Callable[[str, tuple[int, ...]], Tensor]
 """The value that a parameter starts with, by its name and shape: any floating-point dtype, on the CPU."""
 
