@@ -161,6 +161,117 @@ class KernelsConfig(Section):
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
 
 
+Column = Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=1)]
+"""A column of a table: its name in the header or its key in a JSON object; without a header its number, from 1."""
+
+
+class TableConfig(Section):
+    """A table of labelled texts: a user's own, or the published form of a data set."""
+
+    kind: Literal["classification", "pair", "similarity", "choice"]
+    """One text; two texts in their order (entailment); two texts in either order; a text and its continuations."""
+    format: Literal["csv", "tsv", "jsonl"]
+    """`csv` quotes cells, `tsv` never does (GLUE), `jsonl` has an object a line, whose keys are the columns."""
+    text: list[Column | list[Column]]
+    """The column of each text; a list of columns is one text, joined by spaces. For `choice`: context, question."""
+    choices: list[Column] | None = None
+    """For `choice`: the column of each, or the one key of a JSON object that holds the list of them."""
+    n_choices: Annotated[int, Field(ge=2, le=100)] | None = None
+    """How many that list must have."""
+    label: Column | None = None
+    """The column of what is to be predicted; null where there is none, as in data to predict."""
+    labels: list[str] | dict[str | int, str] | None = None
+    """The values that `label` takes, or value: name of the class; classes are numbered as they first appear here."""
+    score: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """For regression, in the place of `labels`: the lowest and the highest value."""
+    skip: list[str] = []
+    """Values of `label` whose rows are left out, such as SNLI's `-`."""
+    header: bool = True
+    """Whether the first row of a csv or tsv names the columns."""
+    widths: list[Annotated[int, Field(ge=1)]] = []
+    """How many columns a row without header may have; empty allows any that has those needed."""
+    empty: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a row that lacks a text."""
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+
+    @property
+    def columns(self) -> list[str | int]:
+        """Every column that a row must have, but for the label's."""
+        texts = [column for entry in self.text for column in (entry if isinstance(entry, list) else [entry])]
+        return [*texts, *(self.choices or [])]
+
+    @property
+    def class_of(self) -> dict[str, int]:
+        """The number of the class, or of the right choice, that each value of `label` stands for."""
+        if self.labels is None:
+            return {str(i): i for i in range(self.number_of_choices)} if self.kind == "choice" else {}
+        names = self.class_names
+        return {str(value): names.index(name) for value, name in self._named_values()}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, or of the values that stand for the choices, by their numbers."""
+        return tuple(dict.fromkeys(name for _, name in self._named_values()))
+
+    @property
+    def number_of_choices(self) -> int:
+        """How many choices an example has; 0 unless that is its kind."""
+        return self.n_choices or len(self.choices or [])
+
+    def _named_values(self) -> list[tuple[str | int, str]]:
+        if isinstance(self.labels, dict):
+            return list(self.labels.items())
+        return [(value, value) for value in self.labels or []]
+
+    @model_validator(mode="after")
+    def _kind_has_its_columns(self) -> "TableConfig":
+        allowed = {"classification": (1,), "pair": (2,), "similarity": (2,), "choice": (1, 2)}[self.kind]
+        if len(self.text) not in allowed:
+            count = " or ".join(map(str, allowed))
+            raise broken("text", f"has {len(self.text)} texts; kind {self.kind} has {count}")
+        if [] in self.text:
+            raise broken("text", "has an empty list of columns")
+        if self.kind != "choice" and (self.choices is not None or self.n_choices is not None):
+            raise broken("choices", f"are for kind choice, not {self.kind}")
+        if self.kind == "choice" and self.number_of_choices < 2:
+            raise broken("choices", "must be at least 2 columns, or one with n_choices")
+        if self.n_choices is not None and len(self.choices or []) != 1:
+            raise broken("n_choices", "goes with one column in choices, whose value is a list")
+        if self.n_choices is not None and self.format != "jsonl":
+            raise broken("n_choices", f"is for format jsonl; a cell of {self.format} is one choice")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_named_as_the_format_names_them(self) -> "TableConfig":
+        columns = [*self.columns, *([] if self.label is None else [self.label])]
+        named = self.format == "jsonl" or self.header
+        for column in columns:
+            if isinstance(column, int) and named:
+                raise broken("text", f"names column {column}; with a header, and in jsonl, columns have names")
+            if isinstance(column, str) and not named:
+                raise broken("text", f"names column {column!r}; without a header columns are numbers, from 1")
+        if repeated := next((column for column in columns if columns.count(column) > 1), None):
+            raise broken("text", f"has column {repeated!r} twice among texts, choices and label")
+        return self
+
+    @model_validator(mode="after")
+    def _label_has_its_values(self) -> "TableConfig":
+        if self.labels is not None and self.score is not None:
+            raise broken("score", "is for regression, labels are for classes: leave one of them out")
+        if self.kind == "choice":
+            if self.score is not None:
+                raise broken("score", "is for regression; kind choice has none")
+            if self.labels is not None and len(self.class_names) != self.number_of_choices:
+                raise broken("labels", f"names {len(self.class_names)} of {self.number_of_choices} choices")
+        elif self.labels is None and self.score is None:
+            raise broken("labels", "must be a list of values of label, or value: name; for regression give score")
+        elif self.labels is not None and len(self.class_names) < 2:
+            raise broken("labels", f"must name at least 2 classes, not {len(self.class_names)}")
+        if self.score is not None and not self.score[0] < self.score[1]:
+            raise broken("score", f"must be the lowest and the highest value, not {self.score}")
+        return self
+
+
 class Config(Section):
     """A whole run."""
 

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -227,14 +228,18 @@ def _describe(kind: Any, limits: Sequence[Any]) -> str:
         return _describe(arguments[0], [m for a in arguments[1:] for m in getattr(a, "metadata", [a])])
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(a) for a in arguments)
-    if arguments and type(None) in arguments:
-        inner = next(a for a in arguments if a is not type(None))
-        return _describe(inner, limits) + " or null"
+    if get_origin(kind) in (Union, UnionType):
+        members = [_describe(a, limits) for a in arguments if a is not type(None)]
+        return " or ".join([*dict.fromkeys(members), *(["null"] if type(None) in arguments else [])])
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return "a group of settings: " + ", ".join(kind.model_fields)
     pattern = next((p for m in limits if (p := getattr(m, "pattern", None))), None)
     if pattern:
         return "one of auto, cpu, cuda, cuda:N"
+    if get_origin(kind) is list:
+        return "a list"
+    if get_origin(kind) is dict:
+        return "a mapping"
     if kind is str and any(getattr(m, "min_length", None) for m in limits):
         return "text, not empty"
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]

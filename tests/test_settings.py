@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.config import Config
+from fastgpt.config import Config, TableConfig
 from fastgpt.errors import UserError
 from fastgpt.model import parameter_count
 from fastgpt.ramp import batch_tokens
-from fastgpt.settings import dump_config, known_settings, load_config
+from fastgpt.settings import _describe, dump_config, known_settings, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 
@@ -251,3 +251,17 @@ def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
 def test_micro_batches_count_the_whole_update(good: Path) -> None:
     config: Config = load_config(good, ["train.batch_tokens=128"])
     assert config.micro_batches == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("labels", "a list or a mapping or null"),
+        ("text", "a list"),
+        ("label", "text, not empty or an integer of at least 1 or null"),
+        ("n_choices", "an integer of at least 2 and at most 100 or null"),
+    ],
+)
+def test_a_setting_of_several_types_names_them_all(setting: str, words: str) -> None:
+    field = TableConfig.model_fields[setting]
+    assert _describe(field.annotation, field.metadata) == words
