@@ -105,9 +105,12 @@ class TrainConfig(Section):
     """Sequences of one forward pass on one rank."""
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["cosine", "gpt1", "constant"] = "cosine"
+    schedule: Literal["cosine", "gpt1", "constant", "linear", "slanted"] = "cosine"
+    """`linear` is that of GPT-1's fine-tuning, `slanted` the slanted triangle of ULMFiT, from `min_lr` and back."""
     warmup_steps: NotNegative = 0
     """Updates of linear warm-up; a run that ends before has only begun to warm up, as a trial of a long run does."""
+    warmup_share: Probability | None = None
+    """Warm-up as a share of all updates, in the place of `warmup_steps`, for `linear` and `slanted`."""
     decay_steps: Positive | None = None
     """Update at which `cosine` has come down to `min_lr`, where it stays; null is the last."""
     optimizer: Literal["adamw", "gpt1"] = "adamw"
@@ -118,6 +121,8 @@ class TrainConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null leaves gradients as they are."""
+    layer_lr_decay: Annotated[float, Field(ge=1)] = 1.0
+    """Each block learns at the rate of the one above it divided by this, the embeddings slowest; ULMFiT has 2.6."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     activation_checkpointing: bool = False
     """Keep one tensor for each block and compute the rest again in the backward pass: less memory, the same bits."""
@@ -323,6 +328,15 @@ class Config(Section):
     def _only_a_cosine_decays_early(self) -> "Config":
         if self.train.decay_steps is not None and self.train.schedule != "cosine":
             raise broken("train.decay_steps", f"is for train.schedule: cosine, not {self.train.schedule}")
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_is_told_once(self) -> "Config":
+        train = self.train
+        if train.warmup_share is not None and train.schedule not in ("linear", "slanted"):
+            raise broken("train.warmup_share", f"is for train.schedule linear and slanted, not {train.schedule}")
+        if train.warmup_share is not None and train.warmup_steps:
+            raise broken("train.warmup_share", "and train.warmup_steps both say how long the warm-up is: keep one")
         return self
 
     @model_validator(mode="after")

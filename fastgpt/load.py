@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 MODEL_TYPE = "fastgpt"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BEST = "best"  # of a run of fine-tuning: the model that did best in validation
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -62,7 +63,7 @@ def load_model(
     """Read a trained model, in eval mode, and its tokenizer.
 
     Args:
-        folder: a run folder (its newest checkpoint), a checkpoint, a folder that `save_model` wrote, or a Hugging Face
+        folder: a run folder (its newest checkpoint; of fine-tuning its best model), a checkpoint, a folder that `save_model` wrote, or a Hugging Face
             folder of a GPT-2 or OpenAI GPT with safetensors.
         device: "cpu", "cuda", "cuda:N", or "auto" for the GPU where there is one.
         backend: which kernels the model runs on, as for `load_ops`; "auto" on the CPU is "torch".
@@ -76,7 +77,7 @@ def load_model(
     """
     place = _device(str(device))
     ops = _ops(backend, place)
-    folder = _model_folder(Path(folder))
+    folder = model_folder(Path(folder))
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if kind not in (MODEL_TYPE, *ARCHITECTURES):
@@ -110,12 +111,18 @@ def _ops(backend: Backend, device: torch.device) -> Ops:
         raise UserError(f"backend: {' '.join(str(problem).split())}") from None
 
 
-def _model_folder(folder: Path) -> Path:
-    """The folder of the model itself, for any of the folders that contain one."""
+def model_folder(folder: Path) -> Path:
+    """The folder of the model itself, for any of the folders that contain one.
+
+    Raises:
+        UserError: it is none of them, or damaged.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run, a checkpoint, or a folder with {WEIGHTS}")
     if (folder / "config.json").is_file():
         return folder
+    if (folder / BEST / "config.json").is_file():
+        return folder / BEST
     if (folder / "checkpoints").is_dir():
         folder = _newest_checkpoint(folder / "checkpoints")
     if (folder / MANIFEST).is_file():

@@ -39,7 +39,7 @@ class SingleProcess:
         recorder: Recorder | None = None,
         values: InitialValues | None = None,
     ) -> None:
-        """Build and initialise the model, by default to begin with; a `recorder` makes the micro-step one graph, by default CUDA's on a GPU."""
+        """Build the model with its first values; a `recorder` makes the micro-step one graph, by default CUDA's."""
         self.ranks = Ranks()
         self.step = 0
         self._config = config

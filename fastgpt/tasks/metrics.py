@@ -7,6 +7,7 @@ from typing import Any
 
 from fastgpt.errors import UserError, did_you_mean
 from fastgpt.extras import import_extra
+from fastgpt.tasks.example import Task
 
 Numbers = Sequence[int] | Sequence[float]
 
@@ -53,6 +54,18 @@ METRICS: dict[str, Callable[[Numbers, Numbers], float]] = {
     "pearson": pearson,
     "spearman": spearman,
 }
+
+
+def check_metrics(metrics: Sequence[str], task: Task) -> None:
+    """See that the metrics are known, and fit the task. Raises UserError where one does not."""
+    fitting = {"pearson", "spearman"} if task.score is not None else set(METRICS) - {"pearson", "spearman"}
+    if len(task.labels) > 2 or task.choices > 2:
+        fitting.discard("f1")
+    for name in metrics:
+        if name not in METRICS:
+            raise UserError(f"{name!r} is not a metric; known: {', '.join(METRICS)}.{did_you_mean(name, METRICS)}")
+        if name not in fitting:
+            raise UserError(f"{name} is no metric of this task; use {', '.join(sorted(fitting))}")
 
 
 def score(metrics: Sequence[str], predictions: Numbers, targets: Numbers) -> dict[str, float]:

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Iterator, Sequence
 
-from fastgpt.data.source import Batch
+from fastgpt.data.source import RankBatch
 from fastgpt.engine.base import Engine, Pending
-from fastgpt.ramp import BatchSizes
+from fastgpt.ramp import Sizes
 from fastgpt.train.watchers import Measured, Watcher
 
 
 def train(
-    engine: Engine, batches: Iterator[Batch], *, steps: int, sizes: BatchSizes, watchers: Sequence[Watcher]
+    engine: Engine, batches: Iterator[RankBatch], *, steps: int, sizes: Sizes, watchers: Sequence[Watcher]
 ) -> None:
     """Update until `steps` updates are done.
 
