@@ -26,8 +26,8 @@ from fastgpt.errors import UserError, did_you_mean
 from fastgpt.model.convert import ARCHITECTURES, from_hugging_face
 from fastgpt.model.gpt import GPT
 from fastgpt.model.state import model_from_state
-from fastgpt.tokenizer import Tokenizer, load_tokenizer
-from fastgpt.tokenizer.files import PAIRS, read_json
+from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer.files import PAIRS, read_json, read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def load_model(
         model = model_from_state(_our_config(settings, folder), ops, state, where=str(folder / WEIGHTS))
     else:
         model = from_hugging_face(state, settings, ops, where=str(folder))
-    tokenizer = _tokenizer(folder, kind)
+    tokenizer = _tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
@@ -204,11 +204,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tokenizer(folder: Path, kind: str) -> Tokenizer | None:
+def _tokenizer(folder: Path) -> Tokenizer | None:
     files = ("tokenizer.json", *(name for pair in PAIRS for name in pair))
-    if not any((folder / name).is_file() for name in files):
-        return None
-    if kind == "openai-gpt":
-        log.warning("%s: GPT-1's tokenizer is not read; the model comes without one", folder)
-        return None
-    return load_tokenizer(folder)
+    # GPT-1's asks for its packages when it is used: the model is of use without
+    return read_tokenizer(folder) if any((folder / name).is_file() for name in files) else None
