@@ -191,10 +191,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def _train(options: argparse.Namespace) -> int:
     from fastgpt.launch import engine_kind
     from fastgpt.launchers import find_launch
-    from fastgpt.settings import load_config
+    from fastgpt.settings import load_config_with_places
 
     try:
-        config = load_config(options.config, options.overrides)
+        config, places = load_config_with_places(options.config, options.overrides)
         engine_kind(config, find_launch())
     except UserError as problem:
         raise SharedError(str(problem)) from None
@@ -203,7 +203,7 @@ def _train(options: argparse.Namespace) -> int:
     from fastgpt.train.saver import Interrupted
 
     try:
-        run(config, must_resume=options.resume)
+        run(config, must_resume=options.resume, places=places)
     except RankLost as problem:
         print(f"fastgpt: error on rank {_rank()}: {problem}", file=sys.stderr)
         return 1

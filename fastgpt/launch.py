@@ -8,7 +8,7 @@ from fastgpt.launchers import Launch
 
 
 def engine_kind(config: Config, launch: Launch | None) -> Literal["single", "deepspeed"]:
-    """What `engine.kind` comes to: `auto` is DeepSpeed under a launcher, else a single process.
+    """What `engine.kind` comes to: `auto` is DeepSpeed under a launcher and where anything is offloaded, else `single`.
 
     Raises:
         UserError: the launch does not fit the settings.
@@ -30,5 +30,5 @@ def engine_kind(config: Config, launch: Launch | None) -> Literal["single", "dee
             f"dealt evenly to {world_size} ranks; it must be a multiple of {unit}. The nearest is {nearest}"
         )
     if config.engine.kind == "auto":
-        return "deepspeed" if launch else "single"
+        return "deepspeed" if launch or config.engine.offloads else "single"
     return config.engine.kind

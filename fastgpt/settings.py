@@ -1,7 +1,7 @@
 """Settings from a YAML file and `key.sub=value` words, with errors that name the line and the right spelling."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -26,6 +26,28 @@ _Loader.add_implicit_resolver(
 )
 
 
+# sections whose keys are those of another program, and not listed here
+_OPEN = ("engine.deepspeed",)
+
+
+class Places:
+    """Where each setting was written."""
+
+    def __init__(self, path: str = "", lines: Mapping[Key, str] | None = None) -> None:
+        """Name the file, and "file:line" or "command line" of every key."""
+        self._path = path
+        self._lines = lines or {}
+
+    def of(self, key: Key) -> str:
+        """The place of a key; else of the first one in it, of the nearest section around it, or the file."""
+        within = (known for known in self._lines if known[: len(key)] == key)
+        around = (key[:length] for length in range(len(key) - 1, 0, -1))
+        return next((self._lines[known] for known in (key, *within, *around) if known in self._lines), self._path)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._lines
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The settings of a run.
 
@@ -37,14 +59,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         UserError: one line for every mistake, with file and line (or "command line"), what is allowed, and the
             nearest right spelling.
     """
-    tree, places = _read_file(Path(path))
+    return load_config_with_places(path, overrides)[0]
+
+
+def load_config_with_places(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, Places]:
+    """The same, and where each setting was written: for what can be checked only later."""
+    tree, lines = _read_file(Path(path))
     for word in overrides:
-        _override(tree, places, word)
+        _override(tree, lines, word)
+    places = Places(str(path), lines)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree), places
     except ValidationError as problem:
-        lines = dict.fromkeys(_line(error, places, str(path)) for error in problem.errors())
-        raise UserError("\n".join(lines)) from None
+        found = dict.fromkeys(_line(error, places, str(path)) for error in problem.errors())
+        raise UserError("\n".join(found)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -122,7 +150,7 @@ def _override(tree: dict[str, Any], places: dict[Key, str], word: str) -> None:
     if not equals:
         near = did_you_mean(word, known_settings())
         raise UserError(f"command line: '{word}' is not a setting of the form key.sub=value.{near}")
-    if dotted not in known_settings():
+    if dotted not in known_settings() and not dotted.startswith(tuple(f"{section}." for section in _OPEN)):
         raise UserError(f"command line: {dotted} is not a setting.{did_you_mean(dotted, known_settings())}")
     *sections, name = key = tuple(dotted.split("."))
     value = _value(key, text)
@@ -148,18 +176,16 @@ def _value(key: Key, text: str) -> Any:
         raise UserError(f"command line: {'.'.join(key)} cannot be read from '{text}'") from None
 
 
-def _line(error: ErrorDetails, places: dict[Key, str], path: str) -> str:
+def _line(error: ErrorDetails, places: Places, path: str) -> str:
     """One pydantic error in the user's words."""
     key: Key = tuple(str(part) for part in error["loc"])
     context = error.get("ctx", {})
     if error["type"] == "broken_setting":
         key += tuple(context["key"].split("."))
     # keys that pydantic adds for the members of a union are not the user's
-    while (
-        key and not _is_setting(key) and places.get(key) is None and error["type"] not in ("extra_forbidden", "missing")
-    ):
+    while key and not _is_setting(key) and key not in places and error["type"] not in ("extra_forbidden", "missing"):
         key = key[:-1]
-    where = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), path)
+    where = places.of(key)
     name = ".".join(key)
     match error["type"]:
         case "extra_forbidden":
@@ -227,6 +253,8 @@ def _describe(kind: Any, limits: Sequence[Any]) -> str:
         return _describe(arguments[0], [m for a in arguments[1:] for m in getattr(a, "metadata", [a])])
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(a) for a in arguments)
+    if get_origin(kind) is dict:
+        return "a group of keys and values"
     if arguments and type(None) in arguments:
         inner = next(a for a in arguments if a is not type(None))
         return _describe(inner, limits) + " or null"
