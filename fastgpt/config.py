@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from fastgpt.deepspeed_keys import leaves, owner
+
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -152,12 +154,63 @@ class EngineConfig(Section):
     """CPU threads of each rank; null shares the cores between the ranks of this host."""
     compile: bool = False
     """Compile the blocks by torch.compile. The first update takes longer; the next start finds them compiled."""
-    reduce_bucket_size: Positive = 500_000_000
-    """Gradient elements that DeepSpeed reduces at once."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Keep masters and moments in the host's memory (ZeRO 1 to 3) or on a disk (ZeRO-3), and update on the CPU."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Keep weights that no module is using in the host's memory or on a disk (ZeRO-3)."""
+    nvme_folder: Text | None = None
+    """Where `nvme` keeps what it has, in a folder for each rank that goes with the run: a fast disk of each host."""
+    reduce_bucket_size: Positive | None = None
+    """Gradient elements that DeepSpeed reduces at once; null takes a sixteenth of the model (docs/scale-out.md)."""
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on (GPUs only)."""
+    deepspeed: dict[str, Any] = {}
+    """Further keys of DeepSpeed's configuration, as DeepSpeed spells them (docs/scale-out.md)."""
     timeout_minutes: Positive = 30
     """How long a rank waits for the others before it gives up."""
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is kept off the device."""
+        return self.offload_optimizer != "none" or self.offload_parameters != "none"
+
+    @model_validator(mode="after")
+    def _offload_is_what_zero_can_do(self) -> "EngineConfig":
+        if not self.offloads:
+            return self
+        key = "offload_optimizer" if self.offload_optimizer != "none" else "offload_parameters"
+        if self.kind == "single":
+            raise broken(key, "needs DeepSpeed, but engine.kind is single: use engine.kind=deepspeed, or auto")
+        if self.offload_parameters != "none" and self.zero_stage < 3:
+            raise broken(
+                "offload_parameters",
+                f"needs engine.zero_stage 3, not {self.zero_stage}: below it every GPU holds all parameters",
+            )
+        if self.offload_optimizer != "none" and self.zero_stage < 1:
+            raise broken("offload_optimizer", "needs engine.zero_stage 1, 2 or 3, not 0")
+        if self.offload_optimizer == "nvme" and self.zero_stage < 3:
+            raise broken(
+                "offload_optimizer",
+                f"of nvme needs engine.zero_stage 3, not {self.zero_stage}; stages 1 and 2 offload to cpu only",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nvme_has_a_folder(self) -> "EngineConfig":
+        users = [name for name in ("offload_optimizer", "offload_parameters") if getattr(self, name) == "nvme"]
+        if users and self.nvme_folder is None:
+            raise broken(users[0], "is nvme, which needs engine.nvme_folder: a folder on a fast disk of each host")
+        if not users and self.nvme_folder is not None:
+            raise broken("nvme_folder", "is set, but neither engine.offload_optimizer nor offload_parameters is nvme")
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeeds_keys_are_not_ours(self) -> "EngineConfig":
+        for key in leaves(self.deepspeed):
+            advice = owner(key)
+            if advice:
+                raise broken(f"deepspeed.{key}", f"is not set there: {advice}")
+        return self
 
 
 class KernelsConfig(Section):

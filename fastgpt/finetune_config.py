@@ -43,12 +43,12 @@ class TaskConfig(Section):
     """What becomes of texts that do not fit `model.context`: cut at their ends as in GPT-1's code, or an error."""
     examples: Positive | None = None
     """Train on so many of the examples, chosen by the seed; null takes all."""
-    metrics: list[Text] = []
+    metrics: list[Text] = Field(default=[])
     """Scores to tell; the first chooses the best checkpoint. Empty takes those of the data set."""
     lm_weight: Annotated[float, Field(ge=0)] = 0.5
     """Lambda, the weight of the auxiliary language-model loss; 0 leaves it out."""
     transfer_blocks: Annotated[int, Field(ge=-1)] | None = None
-    """GPT-1's n_transfer: blocks taken over from the bottom, with the embeddings; 0 the embeddings alone, -1 nothing."""
+    """GPT-1's n_transfer: blocks taken over from the bottom, with the embeddings; 0 these alone, -1 nothing."""
     pooling: Literal["extract", "concat"] = "extract"
     """What the output layer reads: the activation at the extract token, or that, maximum and mean (ULMFiT)."""
     dropout: Probability = 0.1
@@ -57,7 +57,9 @@ class TaskConfig(Section):
     @model_validator(mode="after")
     def _data_are_named_once(self) -> "TaskConfig":
         if (self.data is None) == (self.table is None):
-            raise broken("data", "must name a data set, or else task.table must tell of your own files: give one of them")
+            raise broken(
+                "data", "must name a data set, or else task.table must tell of your own files: give one of them"
+            )
         return self
 
 
@@ -140,9 +142,7 @@ def engine_config(config: FinetuneConfig, model: ModelConfig, steps: int) -> Con
         steps: updates of the whole run.
     """
     train = config.train
-    warm = {} if train.schedule in ("linear", "slanted") else {"warmup_steps": round(train.warmup_share * steps)}
-    if not warm:
-        warm = {"warmup_share": train.warmup_share}
+    shares = train.schedule in ("linear", "slanted")
     same = ("lr", "min_lr", "schedule", "optimizer", "weight_decay", "beta1", "beta2", "eps", "clip", "layer_lr_decay")
     return Config(
         out=config.out,
@@ -154,7 +154,8 @@ def engine_config(config: FinetuneConfig, model: ModelConfig, steps: int) -> Con
             micro_batch_size=train.micro_batch_size,
             seed=train.seed,
             activation_checkpointing=train.activation_checkpointing,
-            **warm,
+            warmup_share=train.warmup_share if shares else None,
+            warmup_steps=0 if shares else round(train.warmup_share * steps),
             **{name: getattr(train, name) for name in same},
         ),
         # a graph of a micro-batch is for one shape

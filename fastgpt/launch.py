@@ -8,7 +8,7 @@ from fastgpt.launchers import Launch
 
 
 def engine_kind(config: Config, launch: Launch | None) -> Literal["single", "deepspeed"]:
-    """What `engine.kind` comes to: `auto` is DeepSpeed under a launcher, else a single process.
+    """What `engine.kind` comes to: `auto` is DeepSpeed under a launcher and where anything is offloaded, else `single`.
 
     Raises:
         UserError: the launch does not fit the settings.
@@ -37,5 +37,5 @@ def kind_of(engine: EngineConfig, launch: Launch | None) -> Literal["single", "d
             f"engine.kind: single runs on one process, and a launcher started {world_size}; use engine.kind=deepspeed"
         )
     if engine.kind == "auto":
-        return "deepspeed" if launch else "single"
+        return "deepspeed" if launch or engine.offloads else "single"
     return engine.kind

@@ -63,8 +63,8 @@ def load_model(
     """Read a trained model, in eval mode, and its tokenizer.
 
     Args:
-        folder: a run folder (its newest checkpoint; of fine-tuning its best model), a checkpoint, a folder that `save_model` wrote, or a Hugging Face
-            folder of a GPT-2 or OpenAI GPT with safetensors.
+        folder: a run folder (its newest checkpoint; of fine-tuning its best model), a checkpoint, a folder that
+            `save_model` wrote, or a Hugging Face folder of a GPT-2 or OpenAI GPT with safetensors.
         device: "cpu", "cuda", "cuda:N", or "auto" for the GPU where there is one.
         backend: which kernels the model runs on, as for `load_ops`; "auto" on the CPU is "torch".
         dtype: converts the weights; None keeps the dtype of the file.

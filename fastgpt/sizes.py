@@ -7,9 +7,20 @@ def parameter_count(config: ModelConfig) -> int:
     """The number of parameters, the tied output matrix counted once."""
     n = config.n_embd
     embeddings = (config.vocab_size + config.context) * n
-    block = 12 * n * n + 13 * n  # matrices of n x 3n, n x n and twice n x 4n; biases 3n + n + 4n + n; two norms of 2n
     final_norm = 2 * n if config.norm == "pre" else 0
-    return embeddings + config.n_layer * block + final_norm
+    return embeddings + config.n_layer * block_parameters(config) + final_norm
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """The number of parameters of one block."""
+    n = config.n_embd
+    # matrices of n x 3n, n x n and twice n x 4n; biases 3n + n + 4n + n; two norms of 2n
+    return 12 * n * n + 13 * n
+
+
+def largest_matrix(config: ModelConfig) -> int:
+    """Elements of the largest parameter."""
+    return config.n_embd * max(config.vocab_size, config.context, 4 * config.n_embd)
 
 
 def flops_per_token(config: ModelConfig) -> int:

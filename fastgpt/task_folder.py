@@ -1,13 +1,13 @@
 """A fine-tuned model in a folder: a model as `load_model` reads it, and beside it the task with its output layer.
 
-    config.json  model.safetensors  tokenizer files      the GPT, special tokens in its table
-    task.json  task_head.safetensors                     what it was fine-tuned to, and the output layer
+config.json  model.safetensors  tokenizer files      the GPT, special tokens in its table
+task.json  task_head.safetensors                     what it was fine-tuned to, and the output layer
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from fastgpt_kernels import Backend
@@ -37,7 +37,7 @@ class FineTuned(NamedTuple):
     shape: TaskShape
     special: SpecialTokens
     data: str | TableConfig  # how its files are read
-    too_long: str
+    too_long: Literal["cut", "refuse"]
 
 
 def save_task_model(
@@ -87,7 +87,7 @@ def fine_tuned(folder: Path) -> FineTuned | None:
             TaskShape(**settings["output_layer"]),
             SpecialTokens(**settings["special_tokens"]),
             TableConfig.model_validate(data) if isinstance(data, dict) else str(data),
-            str(settings["too_long"]),
+            "refuse" if settings["too_long"] == "refuse" else "cut",
         )
     except (KeyError, TypeError, ValueError, IndexError) as problem:
         raise UserError(f"{path}: not what `fastgpt finetune` writes: {' '.join(str(problem).split())}") from None

@@ -56,7 +56,7 @@ def optimizer_backend(kernels: KernelsConfig) -> OptimBackend:
 
 
 def rate_scales(names: Iterable[str], decay: float) -> dict[str, float]:
-    """What the rate of each parameter is multiplied by: 1 at the top of the model, divided by `decay` at each level down.
+    """What the rate of each parameter is multiplied by: 1 at the top, `decay` times less at each level below.
 
     The discriminative fine-tuning of Howard and Ruder 2018, section 3.2.
     """

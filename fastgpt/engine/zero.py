@@ -18,7 +18,8 @@ from fastgpt.config import Config
 from fastgpt.data.source import MicroBatch, RankBatch
 from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
 from fastgpt.engine.compiled import compile_blocks
-from fastgpt.engine.deepspeed_settings import deepspeed_settings
+from fastgpt.engine.deepspeed_schema import Key, check_further_keys
+from fastgpt.engine.deepspeed_settings import deepspeed_settings, our_settings
 from fastgpt.engine.layouts import PlainLayout, layout_of
 from fastgpt.engine.micro_step import arguments_of
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
@@ -27,7 +28,8 @@ from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
-from fastgpt.errors import UserError
+from fastgpt.engine.swap_folder import SwapFolder
+from fastgpt.errors import SharedError, UserError
 from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values, initialise
@@ -63,7 +65,11 @@ class DeepSpeedZero:
                 precision,
                 precision,
             )
-        settings = deepspeed_settings(config, precision, ranks.world_size)
+        if device.type == "cpu" and "cpu" in (config.engine.offload_optimizer, config.engine.offload_parameters):
+            log.warning("engine.device is cpu: what is offloaded to the CPU stays in the same memory, and saves none")
+        self._swap_folder = _swap_folder(config, deepspeed, ranks)
+        nvme_folder = str(self._swap_folder.path) if self._swap_folder else None
+        settings = deepspeed_settings(config, precision, ranks.world_size, nvme_folder=nvme_folder)
         with _prints_logged():
             # takes over torch's process group, which ZeRO-3's sharded construction needs already
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -137,13 +143,12 @@ class DeepSpeedZero:
         """Write the fp32 pieces that this rank owns."""
         scale = self._layout.loss_scale() if self._precision == "fp16" else LossScale()
         progress = Progress(self.step, updates_applied(self._layout.optimizer), scale.scale, scale.clean)
-        fragments = list(self._layout.fragments())
-        write_state(folder, self.ranks.rank, fragments, self._layout.optimizer, progress)
+        write_state(folder, self.ranks.rank, self._layout.fragments(), self._layout.optimizer, progress)
 
     def read(self, folder: Path) -> None:
         """Take up a training state, whatever engine and world size wrote it."""
         check_parameters(folder, list(self._weights))
-        progress = read_state(folder, list(self._layout.fragments()), self._layout.optimizer)
+        progress = read_state(folder, self._layout.fragments(to_fill=True), self._layout.optimizer)
         self.step = progress.step
         if self._precision == "fp16":
             self._layout.set_loss_scale(restored_scale(progress))
@@ -215,6 +220,49 @@ class DeepSpeedZero:
             for parameter in self._weights.values():
                 parameter.grad = None
         return float(norm)
+
+
+def check_deepspeed(config: Config, device: torch.device, local_rank: int, place: Callable[[Key], str]) -> None:
+    """Check a user's own keys of DeepSpeed's configuration against the DeepSpeed that is installed.
+
+    Args:
+        config: the settings.
+        device: this rank's.
+        local_rank: of this process on its host.
+        place: "file:line" of a setting, by its name in parts.
+
+    Raises:
+        UserError: a key that DeepSpeed does not know, or a value that it refuses; or it is not installed.
+    """
+    if config.engine.deepspeed:
+        deepspeed = _import_deepspeed(device, local_rank)
+        precision = "bf16" if config.engine.precision == "auto" else config.engine.precision
+        ours = our_settings(config, precision, world_size=1)
+        check_further_keys(ours, config.engine.deepspeed, deepspeed.runtime.config.DeepSpeedConfig, place)
+
+
+def _swap_folder(config: Config, deepspeed: Any, ranks: Ranks) -> SwapFolder | None:
+    """This rank's folder on a disk, where `nvme` is asked for.
+
+    Raises:
+        SharedError: on some host it cannot be, or DeepSpeed cannot read and write there.
+    """
+    if config.engine.nvme_folder is None:
+        return None
+    folder = problem = None
+    try:
+        if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(
+                "nvme: DeepSpeed reads and writes a disk by libaio, whose headers or library are missing here. "
+                "Install them (Debian: apt install libaio-dev), or offload to cpu"
+            )
+        folder = SwapFolder(Path(config.engine.nvme_folder))
+    except UserError as reason:
+        problem = str(reason)
+    problems = {one for one in ranks.gather(problem) if one}
+    if problems:
+        raise SharedError("; ".join(sorted(problems)))
+    return folder
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

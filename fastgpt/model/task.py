@@ -1,10 +1,10 @@
 """A GPT with the output layer of a task: what GPT-1's fine-tuning trains.
 
 Radford et al. 2018, section 3.2: the activation h of the last block at the extract token goes through a linear layer,
-P(y | x) = softmax(h W), and the objective is L3 = L2 + lambda L1, the task's loss and that of the language model. Section
-3.3 and figure 1: similarity reads both orders and adds the two activations before the linear layer; a choice has a
-linear layer of one output, and the softmax goes over the choices. Pooling by concatenation is that of Howard and Ruder
-2018, section 3.3.
+P(y | x) = softmax(h W), and the objective is L3 = L2 + lambda L1, the task's loss and that of the language model.
+Section 3.3 and figure 1: similarity reads both orders and adds the two activations before the linear layer; a choice
+has a linear layer of one output, and the softmax goes over the choices. Pooling by concatenation is that of Howard and
+Ruder 2018, section 3.3.
 """
 
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastgpt_kernels import Ops
 from fastgpt_kernels.checks import Reduction
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
@@ -99,9 +99,7 @@ class TaskModel(GPT):
                 last_only=last_only,
                 loss_gradient=loss_gradient,
             )
-        x = self.hidden(
-            tokens.flatten(0, 1), dropout_seed=dropout_seed, checkpoint_activations=checkpoint_activations
-        )
+        x = self.hidden(tokens.flatten(0, 1), dropout_seed=dropout_seed, checkpoint_activations=checkpoint_activations)
         scores = self._scores(x, extract, dropout_seed)
         if labels is None:
             return scores
@@ -131,7 +129,9 @@ class TaskModel(GPT):
         return (losses.sum(-1) / counts).mean()
 
 
-def task_loss(scores: Tensor, labels: Tensor, *, regression: bool, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+def task_loss(
+    scores: Tensor, labels: Tensor, *, regression: bool, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
     """Cross-entropy in nats, or squared error: scores (B, C) float32, labels (B,); a scalar, or (B,) for "none"."""
     if regression:
         return F.mse_loss(scores.squeeze(-1), labels, reduction=reduction)

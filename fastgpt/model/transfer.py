@@ -35,9 +35,7 @@ def transferred_values(
     if blocks is not None and not -1 <= blocks <= highest:
         raise UserError(f"the pre-trained model has {highest} blocks; {blocks} of them cannot be transferred")
     taken = {
-        name
-        for name, height in heights.items()
-        if not name.startswith(HEAD) and (blocks is None or height <= blocks)
+        name for name, height in heights.items() if not name.startswith(HEAD) and (blocks is None or height <= blocks)
     }
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:

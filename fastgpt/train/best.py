@@ -1,7 +1,6 @@
 """The folder `best` of a run: replaced whole by each model that does better."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ RESULT = "validation.json"
 
 
 def replace_best(run: Path, write: Callable[[Path], None], result: dict[str, Any]) -> None:
-    """Let `write` fill a folder, and put it in the place of the best model of a run, with the result that made it so."""
+    """Let `write` fill a folder, and put it in the place of a run's best model, with the result that made it so."""
     partial, old, final = (run / name for name in (f".{BEST}-partial", f".{BEST}-old", BEST))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -23,8 +22,8 @@ def replace_best(run: Path, write: Callable[[Path], None], result: dict[str, Any
     (partial / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sync_tree(partial)
     if final.exists():
-        os.rename(final, old)
-    os.rename(partial, final)
+        final.rename(old)
+    partial.rename(final)
     sync(run)
     shutil.rmtree(old, ignore_errors=True)
 

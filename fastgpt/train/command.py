@@ -16,13 +16,14 @@ from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.errors import UserError
+from fastgpt.errors import SharedError, UserError
 from fastgpt.launch import engine_kind
-from fastgpt.launchers import find_launch
+from fastgpt.launchers import Launch, find_launch
 from fastgpt.load import save_model
 from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
 from fastgpt.ramp import batch_tokens, micro_batches
+from fastgpt.settings import Places
 from fastgpt.sizes import flops_per_token, parameter_count
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.corpus import prepare_corpus
@@ -43,12 +44,13 @@ log = logging.getLogger(__name__)
 ORDER = 3  # what the run's seed is folded with for the order of the data
 
 
-def run(config: Config, *, must_resume: bool = False) -> Path:
+def run(config: Config, *, must_resume: bool = False, places: Places | None = None) -> Path:
     """Train, or go on training, as the settings say; every rank calls this.
 
     Args:
         config: the settings.
         must_resume: refuse to start anew.
+        places: where each setting was written, for what is said of it.
 
     Returns:
         The run folder.
@@ -65,7 +67,24 @@ def run(config: Config, *, must_resume: bool = False) -> Path:
         kind,
         launch,
         lambda device, ranks: _Run(config, kind, device, ranks, must_resume=must_resume).go(),
+        check=lambda device, launch: _check_keys(config, kind, device, launch, places or Places()),
     )
+
+
+def _check_keys(
+    config: Config, kind: Literal["single", "deepspeed"], device: torch.device, launch: Launch, places: Places
+) -> None:
+    """Check `engine.deepspeed` where it counts; every rank finds the same."""
+    if kind == "single":
+        if config.engine.deepspeed:
+            log.warning("engine.deepspeed is not used: this run is a single process without DeepSpeed")
+        return
+    from fastgpt.engine.zero import check_deepspeed
+
+    try:
+        check_deepspeed(config, device, launch.local_rank, places.of)
+    except UserError as problem:
+        raise SharedError(str(problem)) from None
 
 
 class _Run:

@@ -42,8 +42,8 @@ from fastgpt.train.loop import train
 from fastgpt.train.process import as_rank
 from fastgpt.train.recorder import Recorder
 from fastgpt.train.saver import Saver
-from fastgpt.train.start import set_up
 from fastgpt.train.scoring import Alone, evaluate, told
+from fastgpt.train.start import set_up
 from fastgpt.train.task_evaluation import TaskEvaluation, best_so_far
 from fastgpt.train.watchers import Guard, Watcher
 
@@ -228,9 +228,7 @@ class _Run:
         watchers: list[Watcher] = [Guard(), recorder, reporter, evaluation, saver]
         try:
             with saver.signals(), prefetch(self.source.batches(engine.step)) as batches:
-                train(
-                    engine, batches, steps=self.steps, sizes=self.source.tokens(self.steps), watchers=watchers
-                )
+                train(engine, batches, steps=self.steps, sizes=self.source.tokens(self.steps), watchers=watchers)
         finally:
             self.display.stop()
             recorder.close()

@@ -45,6 +45,7 @@ _NO_MATTER = (
     "engine.timeout_minutes",
     "engine.reduce_bucket_size",
     "engine.overlap_comm",
+    "engine.nvme_folder",
     "train.keep",
     "train.save_every",
 )
@@ -192,11 +193,11 @@ def _changes(saved: C, config: C) -> dict[str, tuple[object, object]]:
     """Settings that decide the numbers and differ; `auto` agrees with whatever it came to."""
     old, new = flatten(saved.model_dump()), flatten(config.model_dump())
     return {
-        key: (old[key], value)
-        for key, value in new.items()
+        key: (old.get(key), new.get(key))
+        for key in new | old  # of engine.deepspeed each has its own
         if key not in _NO_MATTER
-        and _comparable(key, old[key]) != _comparable(key, value)
-        and not (key in RESOLVED and value == RESOLVED[key])
+        and _comparable(key, old.get(key)) != _comparable(key, new.get(key))
+        and not (key in RESOLVED and new.get(key) == RESOLVED[key])
     }
 
 

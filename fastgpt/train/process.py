@@ -22,8 +22,12 @@ def as_rank(
     kind: Literal["single", "deepspeed"],
     launch: Launch | None,
     work: Callable[[torch.device, Ranks], T],
+    *,
+    check: Callable[[torch.device, Launch], None] | None = None,
 ) -> T:
     """What `work` gives, done as one of the run's ranks on this process's device.
+
+    `check` is called before the ranks meet.
 
     Raises:
         UserError: the device or the kernels cannot be used; the ranks do not find each other.
@@ -37,6 +41,8 @@ def as_rank(
     device = resolve_device(engine.device, launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
+    if check:
+        check(device, launch)
     if launch.launcher == "deepspeed":
         follow_runner()
     ranks = join(launch, device, engine.timeout_minutes) if kind == "deepspeed" else Ranks()

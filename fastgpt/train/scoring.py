@@ -49,10 +49,9 @@ def evaluate(model: Scored, encoded: Sequence[Encoded], task: Task, batch_size: 
     """The mean task loss of labelled examples and the task's metrics, by name; None where a metric is undefined."""
     scores = scores_of(model, encoded, task, batch_size)
     labels = arguments(encoded, task)["labels"]
-    loss = task_loss(
-        torch.from_numpy(scores), _as_labels(labels), regression=task.score is not None
-    )
-    values = score(task.metrics, predictions(scores, task), [item.target for item in encoded])  # type: ignore[misc]
+    loss = task_loss(torch.from_numpy(scores), _as_labels(labels), regression=task.score is not None)
+    targets: list[Any] = [item.target for item in encoded]
+    values = score(task.metrics, predictions(scores, task), targets)
     return {
         "loss": float(loss),
         **{name: value if math.isfinite(value) else None for name, value in values.items()},

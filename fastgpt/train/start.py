@@ -1,8 +1,8 @@
 """What a process of training sets up for itself before it builds a model."""
 
-import torch
-
 from typing import TypeVar
+
+import torch
 
 from fastgpt.config import Config
 from fastgpt.engine.backend import ops_for
