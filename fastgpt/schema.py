@@ -63,10 +63,10 @@ def _section(kind: Any) -> type[BaseModel] | None:
 def _leaves(model: type[BaseModel], prefix: Key) -> Iterator[str]:
     for name, field in model.model_fields.items():
         inner = _section(field.annotation)
+        if inner is not field.annotation:  # a single setting, or a group that may be null
+            yield ".".join((*prefix, name))
         if inner is not None:
             yield from _leaves(inner, (*prefix, name))
-        else:
-            yield ".".join((*prefix, name))
 
 
 def describe(kind: Any, limits: Sequence[Any]) -> str:

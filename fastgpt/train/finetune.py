@@ -20,7 +20,7 @@ from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.errors import SharedError, UserError
+from fastgpt.errors import SharedError, UserError, did_you_mean
 from fastgpt.finetune_config import SPECIAL_TOKENS, FinetuneConfig, engine_config
 from fastgpt.launch import kind_of
 from fastgpt.launchers import find_launch
@@ -30,7 +30,7 @@ from fastgpt.model.task import TaskModel, TaskShape
 from fastgpt.model.transfer import transferred_values
 from fastgpt.sizes import flops_per_token, parameter_count
 from fastgpt.task_folder import FineTuned, fine_tuned, load_task_model, save_task_model
-from fastgpt.tasks import Encoded, Kind, SpecialTokens, Task, encode_examples, load_examples
+from fastgpt.tasks import DATA_SETS, Encoded, Kind, SpecialTokens, Task, encode_examples, load_examples
 from fastgpt.tasks.metrics import check_metrics
 from fastgpt.tasks.source import ExampleSource
 from fastgpt.tokenizer import Tokenizer
@@ -257,6 +257,10 @@ class _Run:
         """The pre-trained model, and the examples as its tokens."""
         pretrained = read_pretrained(config.pretrained)
         data: str | TableConfig = config.task.table or config.task.data or ""
+        if isinstance(data, str) and data not in DATA_SETS:
+            raise UserError(
+                f"task.data: {data!r} is not a data set; known: {', '.join(DATA_SETS)}.{did_you_mean(data, DATA_SETS)}"
+            )
         task, train_examples = load_examples(config.task.train, data, bad_rows=config.task.bad_rows)
         if config.task.metrics:
             check_metrics(config.task.metrics, task)
