@@ -317,7 +317,7 @@ def test_micro_batches_count_the_whole_update(good: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("labels", "a list or a mapping or null"),
+        ("labels", "a list or a group of keys and values or null"),
         ("text", "a list"),
         ("label", "text, not empty or an integer of at least 1 or null"),
         ("n_choices", "an integer of at least 2 and at most 100 or null"),
