@@ -50,6 +50,14 @@ class ModelConfig(Section):
     """`alternating` is GPT-3's: dense in every other layer from the first, within `window` in those between."""
     window: Positive | None = None
     """Positions that one reads in a banded layer, itself and those just before it; for `attention: alternating`."""
+    embedding: Literal["separate", "table"] = "separate"
+    """`table` is that of OpenAI's GPT-1 code: positions are rows after the tokens', dropout acts on the table itself,
+    and the softmax spans all of its rows."""
+
+    @property
+    def output_rows(self) -> int:
+        """Rows of the output matrix: columns of the logits that the loss is of."""
+        return self.vocab_size + (self.context if self.embedding == "table" else 0)
 
     def window_of(self, layer: int) -> int | None:
         """The window of a layer's attention, counting layers from 0; None where attention is dense."""

@@ -60,7 +60,7 @@ class GPT1BPE:
         self.vocab = dict(vocab)
         self.merges = list(merges)
         self.end_of_text = self.vocab[UNKNOWN]
-        self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
+        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._texts = [""] * len(self.vocab)
         for token, index in self.vocab.items():
             self._texts[index] = "\n" if token == NEWLINE else token.replace(END_OF_WORD, " ")
