@@ -90,7 +90,8 @@ class DataConfig(Section):
     path: Text
     """A text file or folder (.txt, .jsonl, .jsonl.gz), a folder of token shards, or `stdlib`."""
     tokenizer: Text = "auto"
-    """`auto` trains a byte-level BPE of at most `model.vocab_size` entries; else a folder of tokenizer files."""
+    """`auto` trains a byte-level BPE of at most `model.vocab_size` entries; else a folder of tokenizer files, GPT-1's
+    or those of a byte-level BPE."""
     cache: Text | None = None
     """Where prepared text is kept; by default a folder `cache` beside the run folders."""
     text_key: Text = "text"

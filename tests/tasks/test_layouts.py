@@ -147,7 +147,9 @@ def test_the_json_lines_of_snli_and_multinli_are_read(tmp_path: Path, data: str)
 
 
 def test_scitail_in_the_form_of_snli_is_read(tmp_path: Path) -> None:
-    _, examples = load_examples(write_jsonl(tmp_path / "s.txt.jsonl", NLI | {"gold_label": "entailment"}), "scitail")
+    _, examples = load_examples(
+        write_jsonl(tmp_path / "scitail_1.0_dev.txt", NLI | {"gold_label": "entailment"}), "scitail"
+    )
     assert examples[0].target == 0
 
 
