@@ -189,11 +189,11 @@ class TableConfig(Section):
     """How many that list must have."""
     label: Column | None = None
     """The column of what is to be predicted; null where there is none, as in data to predict."""
-    labels: list[str] | dict[str | int, str] | None = None
+    labels: list[str | int] | dict[str | int, str] | None = None
     """The values that `label` takes, or value: name of the class; classes are numbered as they first appear here."""
     score: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     """For regression, in the place of `labels`: the lowest and the highest value."""
-    skip: list[str] = []
+    skip: list[str | int] = []
     """Values of `label` whose rows are left out, such as SNLI's `-`."""
     header: bool = True
     """Whether the first row of a csv or tsv names the columns."""
@@ -230,7 +230,7 @@ class TableConfig(Section):
     def _named_values(self) -> list[tuple[str | int, str]]:
         if isinstance(self.labels, dict):
             return list(self.labels.items())
-        return [(value, value) for value in self.labels or []]
+        return [(value, str(value)) for value in self.labels or []]
 
     @model_validator(mode="after")
     def _kind_has_its_columns(self) -> "TableConfig":

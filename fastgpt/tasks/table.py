@@ -54,8 +54,10 @@ def read_table(path: Path, layouts: Sequence[TableConfig], labelled: bool) -> It
 
 def left_out(row: Row, table: TableConfig, labelled: bool) -> bool:
     """Whether the table says to pass the row over."""
-    if labelled and table.skip and table.label is not None and str(cell(row, table.label)) in table.skip:
-        return True
+    if labelled and table.skip and table.label is not None:
+        value = str(cell(row, table.label)).strip()
+        if value in map(str, table.skip):
+            return True
     return table.empty == "skip" and not all(texts(row, table.columns))
 
 
