@@ -94,6 +94,8 @@ def check_available(name: str, job: Job) -> None:
     config, gpu = job.config, job.device.type == "cuda"
     if config.model.attention != "dense" and name not in OURS:
         raise Unavailable("it has no windows in its attention")
+    if config.model.embedding != "separate" and name not in OURS:
+        raise Unavailable("it has no table of tokens and positions together")
     if name == "reference" and (not gpu or load_ops(config.kernels.backend).name != "triton"):
         raise Unavailable("ours runs PyTorch's operations already")
     if name == "ours-compile" and config.engine.compile:

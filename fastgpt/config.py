@@ -52,6 +52,14 @@ class ModelConfig(Section):
     """`alternating` is GPT-3's: dense in every other layer from the first, within `window` in those between."""
     window: Positive | None = None
     """Positions that one reads in a banded layer, itself and those just before it; for `attention: alternating`."""
+    embedding: Literal["separate", "table"] = "separate"
+    """`table` is that of OpenAI's GPT-1 code: positions are rows after the tokens', dropout acts on the table itself,
+    and the softmax spans all of its rows."""
+
+    @property
+    def output_rows(self) -> int:
+        """Rows of the output matrix: columns of the logits that the loss is of."""
+        return self.vocab_size + (self.context if self.embedding == "table" else 0)
 
     def window_of(self, layer: int) -> int | None:
         """The window of a layer's attention, counting layers from 0; None where attention is dense."""
@@ -84,7 +92,8 @@ class DataConfig(Section):
     path: Text
     """A text file or folder (.txt, .jsonl, .jsonl.gz), a folder of token shards, or `stdlib`."""
     tokenizer: Text = "auto"
-    """`auto` trains a byte-level BPE of at most `model.vocab_size` entries; else a folder of tokenizer files."""
+    """`auto` trains a byte-level BPE of at most `model.vocab_size` entries; else a folder of tokenizer files, GPT-1's
+    or those of a byte-level BPE."""
     cache: Text | None = None
     """Where prepared text is kept; by default a folder `cache` beside the run folders."""
     text_key: Text = "text"
@@ -238,11 +247,11 @@ class TableConfig(Section):
     """How many that list must have."""
     label: Column | None = None
     """The column of what is to be predicted; null where there is none, as in data to predict."""
-    labels: list[str] | dict[str | int, str] | None = None
+    labels: list[str | int] | dict[str | int, str] | None = None
     """The values that `label` takes, or value: name of the class; classes are numbered as they first appear here."""
     score: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     """For regression, in the place of `labels`: the lowest and the highest value."""
-    skip: list[str] = []
+    skip: list[str | int] = []
     """Values of `label` whose rows are left out, such as SNLI's `-`."""
     header: bool = True
     """Whether the first row of a csv or tsv names the columns."""
@@ -279,7 +288,7 @@ class TableConfig(Section):
     def _named_values(self) -> list[tuple[str | int, str]]:
         if isinstance(self.labels, dict):
             return list(self.labels.items())
-        return [(value, value) for value in self.labels or []]
+        return [(value, str(value)) for value in self.labels or []]
 
     @model_validator(mode="after")
     def _kind_has_its_columns(self) -> "TableConfig":

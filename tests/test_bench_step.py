@@ -288,12 +288,19 @@ def test_a_process_that_dies_says_so_and_one_that_is_late_is_not_waited_for():
         os.kill(process.pid, 0)
 
 
+def test_a_label_keeps_measurements_of_a_file_apart(toy):
+    plain, labelled = (step.case_of(str(toy), (), None, label) for label in ("", "zero"))
+    assert (plain.name, plain.part) == ("toy T=32", "step-toy")
+    assert (labelled.name, labelled.part) == ("toy T=32, zero", "step-toy-zero")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--contenders", "our"], "there is no 'our'. Did you mean ours?"),
         (["--contenders", "nanogpt"], "nanogpt needs --peer-path"),
         (["--contenders", ","], "nobody is named"),
+        (["--label", "a b"], "must be of letters, digits and hyphens"),
         (["--peer-path", "."], "--peer-path: . is not a folder with nanoGPT's model.py"),
         (["train.stepz=3"], "train.stepz is not a setting. Did you mean train.steps?"),
         (["--rounds", "0"], "--rounds must be at least 1, not 0"),
@@ -382,6 +389,20 @@ def test_who_cannot_take_part_says_why(faked):
         "plain": None,
         "liger": "it needs a GPU",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("model.attention=alternating", "model.window=4"), "it has no windows in its attention"),
+        (("model.embedding=table",), "it has no table of tokens and positions together"),
+    ],
+)
+def test_only_ours_takes_part_with_a_model_that_the_others_have_not(toy, words, reason):
+    job = step.case_of(str(toy), words, None).job
+    step_contenders.check_available("ours", job)
+    with pytest.raises(Unavailable, match=reason):
+        step_contenders.check_available("plain", job)
 
 
 def test_two_contenders_are_ours_but_for_one_setting(toy, monkeypatch):

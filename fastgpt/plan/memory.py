@@ -71,7 +71,7 @@ def moments(config: Config, layout: Layout) -> dict[str, Memory]:
     recomputed = block - block_input(model, rows, e) if layout.checkpointing else 0
     through = sum(passing_through_block(model, rows, e).values())
     logits = sum(logits_and_matrix(model, rows, e).values())
-    table = model.vocab_size * model.n_embd * e
+    table = model.output_rows * model.n_embd * e
 
     weights, optimizer = resident_weights(config, layout), resident_optimizer(config, layout)
     buffers = communication_buffers(config, layout)
@@ -141,10 +141,15 @@ def kept_outside(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
 
 
 def logits_and_matrix(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
-    """Logits, in 16 bits with columns of zeros, for which the output matrix is copied into rows of zeros."""
-    columns = -(-model.vocab_size // LOGITS_MULTIPLE) * LOGITS_MULTIPLE
-    if e == FP32 or columns == model.vocab_size:
-        return {"logits": rows * model.vocab_size * e}
+    """Logits, in 16 bits with columns of zeros, for which the output matrix is copied into rows of zeros.
+
+    Without that copy, a table on which dropout acts is kept as it was dropped.
+    """
+    columns = -(-model.output_rows // LOGITS_MULTIPLE) * LOGITS_MULTIPLE
+    if e == FP32 or columns == model.output_rows:
+        dropped = {"dropped table": model.output_rows * model.n_embd * e}
+        kept = dropped if model.embedding == "table" and model.dropout else {}
+        return {"logits": rows * model.output_rows * e, **kept}
     return {"logits": rows * columns * e, "output matrix": columns * model.n_embd * e}
 
 

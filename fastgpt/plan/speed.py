@@ -132,7 +132,7 @@ def computing_seconds(config: Config, layout: Layout, gpu: Gpu, case: Case) -> d
     forward, backward = (sum(passes(model)[way].values()) for way in ("forward", "backward"))
     width = model.n_embd * rows * e
     between = model.n_layer * width * ((1 + again) * forward + backward) * case.traffic / bandwidth
-    loss = 2 * rows * model.vocab_size * e / bandwidth
+    loss = 2 * rows * model.output_rows * e / bandwidth
     parameters = parameter_count(model)
     added = layout.accumulation > 1 or layout.deepspeed
     accumulate = parameters * ACCUMULATE_BYTES / bandwidth if added and layout.precision != "fp32" else 0.0
@@ -155,7 +155,7 @@ def products(model: ModelConfig, rows: int, again: int = 0) -> Iterator[tuple[in
     """
     n, layers = model.n_embd, model.n_layer
     block = [(n, 3 * n, layers, again), (n, n, layers, again), (n, 4 * n, layers, again), (4 * n, n, layers, again)]
-    for inputs, outputs, times, repeats in [*block, (n, model.vocab_size, 1, 0)]:
+    for inputs, outputs, times, repeats in [*block, (n, model.output_rows, 1, 0)]:
         yield rows, outputs, inputs, times * (1 + repeats)
         yield rows, inputs, outputs, times
         yield outputs, inputs, rows, times

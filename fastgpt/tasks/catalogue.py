@@ -22,6 +22,7 @@ from fastgpt.tasks.table import read_table, task_of
 
 log = logging.getLogger(__name__)
 
+Labels = list[str | int] | dict[str | int, str]
 Read = Callable[[Path, bool], Iterator[Example | UserError]]
 
 
@@ -82,12 +83,12 @@ def tabular(layouts: list[TableConfig], files: str, metrics: tuple[str, ...] = (
     return DataSet(task_of(layouts[0], metrics), lambda path, labelled: read_table(path, layouts, labelled), files)
 
 
-def classified(labels: list[str] | dict[str | int, str], **columns: Any) -> TableConfig:
+def classified(labels: Labels, **columns: Any) -> TableConfig:
     """A table of single texts with classes."""
     return TableConfig(kind="classification", labels=labels, **columns)
 
 
-def entailment(labels: list[str] | dict[str | int, str], **columns: Any) -> TableConfig:
+def entailment(labels: Labels, **columns: Any) -> TableConfig:
     """A table of premises and hypotheses."""
     return TableConfig(kind="pair", labels=labels, **columns)
 
@@ -98,16 +99,16 @@ def read_imdb(path: Path, labelled: bool) -> Iterator[Example | UserError]:
 
 
 CORRELATIONS = ("pearson", "spearman")
-TWO_WAY: list[str] = ["entailment", "not_entailment"]
-THREE_WAY: list[str] = ["entailment", "neutral", "contradiction"]
-SENTIMENT: dict[str | int, str] = {"0": "negative", "1": "positive"}
+TWO_WAY: Labels = ["entailment", "not_entailment"]
+THREE_WAY: list[str | int] = ["entailment", "neutral", "contradiction"]
+SENTIMENT: Labels = {"0": "negative", "1": "positive"}
 STS_SCORES: dict[str, Any] = {"kind": "similarity", "score": [0.0, 5.0], "format": "tsv"}
 
-COLA: dict[str | int, str] = {"0": "unacceptable", "1": "acceptable"}
-DUPLICATE: dict[str | int, str] = {"0": "different", "1": "duplicate"}
-AG_NEWS: dict[str | int, str] = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
-SCITAIL: dict[str | int, str] = {"entails": "entailment", "entailment": "entailment", "neutral": "neutral"}
-SICK: dict[str | int, str] = {name.upper(): name for name in THREE_WAY}
+COLA: Labels = {"0": "unacceptable", "1": "acceptable"}
+DUPLICATE: Labels = {"0": "different", "1": "duplicate"}
+AG_NEWS: Labels = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+SCITAIL: Labels = {"entails": "entailment", "entailment": "entailment", "neutral": "neutral"}
+SICK: Labels = {str(name).upper(): str(name) for name in THREE_WAY}
 NLI_COLUMNS: dict[str, Any] = {"text": ["sentence1", "sentence2"], "label": "gold_label"}
 SICK_COLUMNS: dict[str, Any] = {"text": ["sentence_A", "sentence_B"], "format": "tsv"}
 STORY: list[str | int] = [f"InputSentence{number}" for number in range(1, 5)]

@@ -10,8 +10,9 @@ from typing import Any
 from fastgpt.errors import UserError
 from fastgpt.tasks.example import Example
 from fastgpt.tasks.rows import Cells, Row, json_rows, lines, read_text
-from fastgpt.tasks.table import JSON_SUFFIXES, cell, checked_choices, checked_class, checked_texts, shown
+from fastgpt.tasks.table import cell, checked_choices, checked_class, checked_texts, shown
 
+JSON_SUFFIXES = (".jsonl", ".json")
 COPA_QUESTIONS = {"cause": "What was the CAUSE of this?", "effect": "What happened as a RESULT?"}
 HELLASWAG_LINES = 6
 HELLASWAG_ENDINGS = 4

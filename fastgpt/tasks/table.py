@@ -13,8 +13,6 @@ from fastgpt.tasks.rows import Row, first_row, json_rows, read_text, table_rows
 
 log = logging.getLogger(__name__)
 
-JSON_SUFFIXES = (".jsonl", ".json")
-
 
 def task_of(table: TableConfig, metrics: Sequence[str] = ()) -> Task:
     """What the table's examples ask for; by default accuracy, or for scores the correlations of STS-B."""
@@ -56,15 +54,17 @@ def read_table(path: Path, layouts: Sequence[TableConfig], labelled: bool) -> It
 
 def left_out(row: Row, table: TableConfig, labelled: bool) -> bool:
     """Whether the table says to pass the row over."""
-    if labelled and table.skip and table.label is not None and str(cell(row, table.label)) in table.skip:
-        return True
+    if labelled and table.skip and table.label is not None:
+        value = str(cell(row, table.label)).strip()
+        if value in map(str, table.skip):
+            return True
     return table.empty == "skip" and not all(texts(row, table.columns))
 
 
 def choose_layout(path: Path, text: str, layouts: Sequence[TableConfig], labelled: bool) -> TableConfig:
-    """The first layout that fits the file's suffix and its header; one without header fits where no other does."""
+    """The first layout that fits the file's header, or its JSON; one without header fits where no other does."""
     if len(layouts) > 1:
-        is_json = path.suffix in JSON_SUFFIXES
+        is_json = text.lstrip().startswith("{")  # SciTail's JSON lines are called .txt
         layouts = [table for table in layouts if (table.format == "jsonl") == is_json] or layouts
     problems = []
     for table in sorted(layouts, key=lambda table: not table.header):

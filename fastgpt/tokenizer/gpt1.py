@@ -22,6 +22,7 @@ from typing import Any
 from fastgpt.errors import UserError
 from fastgpt.extras import import_extra
 from fastgpt.tokenizer.base import END_OF_TEXT
+from fastgpt.tokenizer.byte_level import refuse_surrogates
 
 UNKNOWN = "<unk>"
 END_OF_WORD = "</w>"
@@ -60,7 +61,7 @@ class GPT1BPE:
         self.vocab = dict(vocab)
         self.merges = list(merges)
         self.end_of_text = self.vocab[UNKNOWN]
-        self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.merges)))}
+        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._texts = [""] * len(self.vocab)
         for token, index in self.vocab.items():
             self._texts[index] = "\n" if token == NEWLINE else token.replace(END_OF_WORD, " ")
@@ -81,7 +82,12 @@ class GPT1BPE:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text. Raises UserError where ftfy or spaCy is missing."""
+        """The ids of each text.
+
+        Raises UserError where ftfy or spaCy is missing, and for a text that UTF-8 cannot hold (a lone surrogate).
+        """
+        for text in texts:
+            refuse_surrogates(text)
         with self._english.memory_zone():  # spaCy forgets the words of these texts
             return [[index for word in self._words(text) for index in self._ids_of_word(word)] for text in texts]
 

@@ -147,7 +147,9 @@ def test_the_json_lines_of_snli_and_multinli_are_read(tmp_path: Path, data: str)
 
 
 def test_scitail_in_the_form_of_snli_is_read(tmp_path: Path) -> None:
-    _, examples = load_examples(write_jsonl(tmp_path / "s.txt.jsonl", NLI | {"gold_label": "entailment"}), "scitail")
+    _, examples = load_examples(
+        write_jsonl(tmp_path / "scitail_1.0_dev.txt", NLI | {"gold_label": "entailment"}), "scitail"
+    )
     assert examples[0].target == 0
 
 
@@ -238,7 +240,7 @@ def test_a_users_csv_is_read_by_its_columns_and_a_map_of_its_labels(tmp_path: Pa
             text: [[title, body]]
             label: stars
             labels: {1: bad, 2: bad, 5: good}
-            skip: ["3"]
+            skip: [3]
         """)
     )
     text = 'id,title,body,stars\n1,Fine,"it\nworks",5\n2,No,never,2\n3,So,so,3\n4,Awful,truly,1\n'
@@ -266,6 +268,12 @@ def test_a_users_json_lines_with_a_list_of_choices_are_read(tmp_path: Path) -> N
     task, examples = load_examples(path, table)
     assert (task.choices, task.sequences, task.outputs, task.labels) == (3, 3, 1, ())
     assert examples[0][:3] == (("Which?",), ("x", "y", "z"), 2)
+
+
+def test_labels_that_yaml_takes_for_numbers_are_the_texts_of_the_file(tmp_path: Path) -> None:
+    table = TableConfig(kind="classification", format="csv", text=["text"], label="label", labels=[0, 1])
+    task, examples = load_examples(write(tmp_path / "own.csv", "text,label\nfine,1\nbad,0\n"), table)
+    assert (task.labels, [example.target for example in examples]) == (("0", "1"), [1, 0])
 
 
 def test_a_users_scores_without_a_header_are_read(tmp_path: Path) -> None:

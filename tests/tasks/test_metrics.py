@@ -1,6 +1,7 @@
 """The metrics on numbers small enough to be worked out by hand."""
 
 import math
+import subprocess
 import sys
 
 import pytest
@@ -58,6 +59,12 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     ) as raised:
         score([metric], [0, 1], [0, 1])
     assert "\n" not in str(raised.value)
+
+
+def test_tasks_are_imported_without_pytorch_and_without_the_packages_of_the_extras() -> None:
+    heavy = "{'torch', 'sklearn', 'scipy', 'spacy', 'ftfy', 'transformers'}"
+    program = f"import sys, fastgpt.tasks; sys.exit(' '.join({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr.strip() == ""
 
 
 def test_every_metric_is_the_same_whatever_the_order_of_the_examples() -> None:

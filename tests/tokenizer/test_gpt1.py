@@ -81,6 +81,11 @@ def test_text_that_was_wrongly_decoded_is_repaired(extras: None, published: GPT1
     assert published.encode("cafÃ©") == published.encode("café") == [13550]
 
 
+def test_half_a_surrogate_pair_is_refused(extras: None, small: GPT1BPE) -> None:
+    with pytest.raises(UserError, match=r"lone surrogate .* at character 4"):
+        small.encode_batch(["the cat", "the \ud800"])
+
+
 def test_nothing_gives_no_tokens(extras: None, small: GPT1BPE) -> None:
     assert small.encode("") == small.encode(" \n ") == []
     assert small.encode_batch([]) == []
