@@ -10,7 +10,6 @@ from fastgpt.engine.deepspeed_schema import Asked, check_further_keys
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.settings import load_config
 
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 OFFLOADS = [
     (stage, optimizer, parameters)
