@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--network", type=float, metavar="GB/s", help="of each GPU to other nodes, in one direction")
     plan.add_argument("--tokens", type=float, help="of the run (default: what the settings ask for)")
     plan.add_argument("--price", type=float, metavar="USD", help="of a GPU-hour")
-    plan.add_argument("--disk", type=float, default=2.0, metavar="GB/s", help="that a node writes (default: 2)")
+    plan.add_argument("--disk", type=float, default=2.0, metavar="GB/s", help="of a node, both ways (default: 2)")
     plan.add_argument("--host-memory", type=float, metavar="GB", help="of the host, for each GPU, to offload to")
     plan.add_argument("--as-configured", action="store_true", help="plan the settings as they are, not the best ones")
     plan.add_argument("--json", action="store_true", help="print JSON")

@@ -11,6 +11,7 @@ _OPTIMIZER = "the optimizer is ours: train.optimizer, lr, weight_decay, beta1, b
 _FP32 = "gradients are added up in fp32 at stages 1 to 3, masters and moments are fp32"
 _STATE = "checkpoints would not find the training state where it leaves it"
 _PARALLEL = "ranks share the batch and the model's state only, see docs/scale-out.md"
+_QUANTISED = "neither weights nor gradients are quantised"
 _AVERAGE = "gradients are averaged over all ranks and micro-batches"
 
 # a key and all that is under it -> what the refusal says of it
@@ -32,12 +33,18 @@ OWNED = {
     "zero_optimization.offload_optimizer.nvme_path": "use engine.nvme_folder",
     "zero_optimization.offload_optimizer.ratio": _STATE,
     "zero_optimization.offload_optimizer.super_offload": _STATE,
+    "zero_optimization.offload_optimizer.pipeline_read": _STATE,
+    "zero_optimization.offload_optimizer.pipeline_write": _STATE,
     "zero_optimization.offload_param.device": "use engine.offload_parameters",
     "zero_optimization.offload_param.nvme_path": "use engine.nvme_folder",
     "zero_optimization.cpu_offload": "use engine.offload_optimizer",
     "zero_optimization.cpu_offload_param": "use engine.offload_parameters",
     "zero_optimization.cpu_offload_use_pin_memory": "use zero_optimization.offload_optimizer.pin_memory",
     "zero_optimization.zenflow": _STATE,
+    "zero_optimization.zero_hpz_partition_size": _STATE,
+    "zero_optimization.zero_quantized_weights": _QUANTISED,
+    "zero_optimization.zero_quantized_nontrainable_weights": _QUANTISED,
+    "zero_optimization.zero_quantized_gradients": _QUANTISED,
     "zero_optimization.compute_grad_norm": "every update records the norm of its gradients",
     "zero_optimization.legacy_stage1": "use engine.zero_stage",
     "zero_optimization.parameter_alignment": _STATE,
@@ -61,7 +68,7 @@ OWNED = {
     "expert_parallel": _PARALLEL,
     "sequence_parallel_size": _PARALLEL,
     "hybrid_engine": "it is for reinforcement learning",
-    "weight_quantization": "weights are not quantised",
+    "weight_quantization": _QUANTISED,
     "autotuning": "use fastgpt plan",
 }
 

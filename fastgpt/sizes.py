@@ -20,7 +20,7 @@ def block_parameters(config: ModelConfig) -> int:
 
 def largest_matrix(config: ModelConfig) -> int:
     """Elements of the largest parameter."""
-    return config.n_embd * max(config.vocab_size, config.context, 4 * config.n_embd)
+    return config.n_embd * max(config.output_rows, config.context, 4 * config.n_embd)
 
 
 def flops_per_token(config: ModelConfig) -> int:

@@ -223,7 +223,7 @@ class _Run:
             device=self.device,
             ranks=self.ranks,
         )
-        stage = f" ZeRO-{config.engine.zero_stage}" if self.kind == "deepspeed" else ""
+        stage = f" ZeRO-{config.engine.zero_stage}{_offloading(config)}" if self.kind == "deepspeed" else ""
         log.info(
             "%s parameters, %s engine%s on %d x %s, %s, %s kernels, %d threads a rank",
             f"{parameter_count(config.model):,}",
@@ -236,3 +236,9 @@ class _Run:
             config.engine.threads,
         )
         return engine
+
+
+def _offloading(config: Config) -> str:
+    """What is kept off the device, in words."""
+    places = {"optimizer": config.engine.offload_optimizer, "parameters": config.engine.offload_parameters}
+    return "".join(f" ({name} offloaded to {place})" for name, place in places.items() if place != "none")

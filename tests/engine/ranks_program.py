@@ -72,8 +72,8 @@ def fingerprints(engine: Engine) -> dict[str, str] | None:
     }
 
 
-def sharded_settings(config: Config, precision: str, world_size: int) -> dict[str, Any]:
-    ours = deepspeed_settings(config, precision, world_size)
+def sharded_settings(config: Config, precision: str, world_size: int, **more: Any) -> dict[str, Any]:
+    ours = deepspeed_settings(config, precision, world_size, **more)
     return ours | {"zero_optimization": ours["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
 
 

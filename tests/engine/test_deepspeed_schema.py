@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fastgpt.cli import main
 from fastgpt.config import Config
 from fastgpt.engine.deepspeed_schema import Asked, check_further_keys
 from fastgpt.engine.deepspeed_settings import our_settings
@@ -115,6 +116,16 @@ def test_a_mistake_is_told_with_its_line_and_the_right_spelling(lines: list[str]
         check(config, places)
     assert str(caught.value).startswith(f"{tmp_path / 'mine.yaml'}:{said}")
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_says_so_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("deepspeed")
+    path = tmp_path / "mine.yaml"
+    path.write_text(SMALL + "    wall_clock_breakdwn: true\n")
+    assert main(["train", str(path), "engine.kind=deepspeed", f"out={tmp_path / 'run'}", "engine.device=cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastgpt: error: {path}:7: engine.deepspeed.wall_clock_breakdwn is not a key")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_configuration_remembers_what_it_was_asked_for() -> None:
