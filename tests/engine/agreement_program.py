@@ -1,0 +1,103 @@
+"""Run by torchrun, or alone: the losses of the engines, and of plain PyTorch's data parallelism, over many updates.
+
+usage: agreement_program.py RUNS RESULTS
+A run: {"name", "kind": "single", "deepspeed" or "ddp", "stage", "precision", "overrides"?}; "ddp" takes no stage.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastgpt_kernels import load_ops
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.step_contenders import adamw
+from benchmarks.step_models import PlainGPT
+from fastgpt.config import Config
+from fastgpt.data.source import RandomSource
+from fastgpt.engine.base import global_loss
+from fastgpt.engine.prepare import prepare
+from fastgpt.engine.ranks import Ranks, join, leave
+from fastgpt.engine.schedule import learning_rate
+from fastgpt.launchers import ALONE, find_launch
+from fastgpt.model.gpt import GPT
+
+STEPS, CONTEXT, MICRO_BATCHES, VOCABULARY = 50, 16, 4, 101
+
+
+def settings(run: dict[str, Any]) -> Config:
+    tree: dict[str, Any] = {
+        "out": "unused",
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "context": CONTEXT, "vocab_size": VOCABULARY},
+        "data": {"path": "unused"},
+        "train": {
+            "steps": STEPS,
+            "batch_tokens": CONTEXT * 2 * MICRO_BATCHES,
+            "micro_batch_size": 2,
+            "lr": 3e-3,
+            "warmup_steps": 5,
+            "clip": 1.0,
+        },
+        "engine": {"zero_stage": run.get("stage") or 0},
+    }
+    for key, value in run.get("overrides", {}).items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    return Config.model_validate(tree)
+
+
+def losses_of(run: dict[str, Any], ranks: Ranks) -> list[float]:
+    config = settings(run)
+    source = RandomSource(VOCABULARY, CONTEXT, 2, config.micro_batches, 7, ranks.rank, ranks.world_size).batches(0)
+    if run["kind"] == "ddp":
+        return plain_losses(config, run["precision"], source, ranks)
+    engine = prepare(
+        lambda: GPT(config.model, load_ops("torch")),
+        config,
+        kind=run["kind"],
+        precision=run["precision"],
+        device=torch.device("cpu"),
+        ranks=ranks,
+    )
+    return [engine.update(next(source)).update.loss for _ in range(STEPS)]
+
+
+def plain_losses(config: Config, precision: str, source: Any, ranks: Ranks) -> list[float]:
+    """The loop of a careful user: bf16 autocast over fp32 weights, gradients added up before they are reduced."""
+    model = PlainGPT(config.model, config.train.seed)
+    parallel = DistributedDataParallel(model)
+    optimizer = adamw(model, config)
+    losses = []
+    for step in range(1, STEPS + 1):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(step, config.train)
+        own = []
+        rows = torch.from_numpy(next(source).tokens)
+        for number, tokens in enumerate(rows):
+            last = number == len(rows) - 1
+            with contextlib.nullcontext() if last else parallel.no_sync():
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    loss = parallel(tokens[:, :-1], tokens[:, 1:])
+                (loss / len(rows)).backward()
+            own.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip or 0.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(global_loss(ranks, own))
+    return losses
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ranks = join(find_launch() or ALONE, torch.device("cpu"), 5)
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    losses = {run["name"]: losses_of(run, ranks) for run in runs}
+    if ranks.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(losses))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
