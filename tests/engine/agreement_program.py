@@ -1,7 +1,8 @@
 """Run by torchrun, or alone: the losses of the engines, and of plain PyTorch's data parallelism, over many updates.
 
 usage: agreement_program.py RUNS RESULTS
-A run: {"name", "kind": "single", "deepspeed" or "ddp", "stage", "precision", "overrides"?}; "ddp" takes no stage.
+A run: {"name", "kind": "single", "deepspeed" or "plain", "stage"?, "precision"?, "overrides"}
+"plain" is PyTorch's DistributedDataParallel under bf16 autocast.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ def settings(run: dict[str, Any]) -> Config:
         },
         "engine": {"zero_stage": run.get("stage") or 0},
     }
-    for key, value in run.get("overrides", {}).items():
+    for key, value in run["overrides"].items():
         section, name = key.split(".")
         tree[section][name] = value
     return Config.model_validate(tree)
@@ -52,8 +53,8 @@ def settings(run: dict[str, Any]) -> Config:
 def losses_of(run: dict[str, Any], ranks: Ranks) -> list[float]:
     config = settings(run)
     source = RandomSource(VOCABULARY, CONTEXT, 2, config.micro_batches, 7, ranks.rank, ranks.world_size).batches(0)
-    if run["kind"] == "ddp":
-        return plain_losses(config, run["precision"], source, ranks)
+    if run["kind"] == "plain":
+        return plain_losses(config, source, ranks)
     engine = prepare(
         lambda: GPT(config.model, load_ops("torch")),
         config,
@@ -65,7 +66,7 @@ def losses_of(run: dict[str, Any], ranks: Ranks) -> list[float]:
     return [engine.update(next(source)).update.loss for _ in range(STEPS)]
 
 
-def plain_losses(config: Config, precision: str, source: Any, ranks: Ranks) -> list[float]:
+def plain_losses(config: Config, source: Any, ranks: Ranks) -> list[float]:
     """The loop of a careful user: bf16 autocast over fp32 weights, gradients added up before they are reduced."""
     model = PlainGPT(config.model, config.train.seed)
     parallel = DistributedDataParallel(model)
@@ -78,7 +79,7 @@ def plain_losses(config: Config, precision: str, source: Any, ranks: Ranks) -> l
         for number, tokens in enumerate(rows):
             last = number == len(rows) - 1
             with contextlib.nullcontext() if last else parallel.no_sync():
-                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                with torch.autocast("cpu", torch.bfloat16):
                     loss = parallel(tokens[:, :-1], tokens[:, 1:])
                 (loss / len(rows)).backward()
             own.append(loss.detach())

@@ -79,6 +79,33 @@ def test_a_killed_run_ends_as_one_left_alone(
     assert losses(killed) == undisturbed
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_48_layers_sharded_and_recomputed_end_as_ones_left_alone(
+    tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
+) -> None:
+    """GPT-2's deepest stack, narrow: ZeRO-3 gathers and frees each block, which is computed twice."""
+    deep = ("model.n_layer=48", "model.n_embd=128", "model.n_head=4", "train.activation_checkpointing=true")
+    settings = ("train.steps=14", "train.save_every=3", "train.eval_every=7", "train.sample_tokens=0", "train.lr=1e-3")
+    words = [*launcher(3), str(tiny), *deep, *settings, "engine.zero_stage=3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    outcome = command(*words, f"out={whole}", timeout=600)
+    undisturbed = losses(whole)
+    assert (14, "train") in undisturbed, outcome.stderr[-3000:]
+    assert undisturbed[14, "train"] < undisturbed[1, "train"]
+
+    again = [*words, f"out={killed}"]
+    chance = random.Random(time.time_ns())
+    first, second = chance.randrange(5, 9), chance.randrange(9, 13)
+    print("killed after lines", first, second)
+    kill_at(again, killed / "metrics.jsonl", first, environment)
+    kill_at(again, killed / "metrics.jsonl", second, environment)
+    assert (14, "train") not in recorded(killed)
+    outcome = command(*again, timeout=600)
+    assert "going on from" in outcome.stderr
+    assert losses(killed) == undisturbed
+
+
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(
     tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
 ) -> None:
