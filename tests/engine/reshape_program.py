@@ -18,9 +18,9 @@ from unittest import mock
 import numpy as np
 import torch
 from fastgpt_kernels import load_ops
+from states import differing, put, state_in
 from torch import Tensor
 
-from fastgpt.checkpoint.slices import KINDS, SliceReader
 from fastgpt.config import Config
 from fastgpt.data.source import Batch, ShardSource
 from fastgpt.engine.base import Engine
@@ -128,27 +128,6 @@ def go_on(engine: Engine, ranks: Ranks) -> dict[str, Any]:
     return {"batches": seen, "updates": updates}
 
 
-def put(engine: Engine, folder: Path, ranks: Ranks) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    ranks.barrier()
-    engine.write(folder)
-    ranks.barrier()
-
-
-def state_in(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Masters and moments, put together."""
-    reader, found = SliceReader(folder), {}
-    for (name, shape), kind in itertools.product(shapes.items(), KINDS):
-        found[f"{kind} of {name}"] = torch.full(shape, torch.nan)
-        reader.read_into(found[f"{kind} of {name}"].view(-1), name, kind, 0)
-    return found
-
-
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """What is not the same in every bit."""
-    return [name for name in one if not torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))]
-
-
 def forward(model_or_engine: Any) -> float:
     probe = torch.arange(2 * CONTEXT).reshape(2, CONTEXT)
     if isinstance(model_or_engine, GPT):
@@ -183,13 +162,11 @@ def write(layout: Layout, folder: Path, ranks: Ranks) -> dict[str, Any]:
     found: dict[str, Any] = {"forward": forward(engine)}
     if ranks.rank == 0:
         shapes, dtype = shapes_of(layout), DTYPES[layout["precision"]]
-        reader, wrong = SliceReader(born), []
-        for name, shape in shapes.items():
-            got = torch.full(shape, torch.nan)
-            reader.read_into(got.view(-1), name, "master", 0)
-            drawn = initial_value(name, shape, settings(layout).model, SEED).to(dtype).float()
-            wrong += differing({name: drawn}, {name: got})
-        found["not_born_as_drawn"] = wrong
+        drawn = {
+            f"master of {name}": initial_value(name, shape, settings(layout).model, SEED).to(dtype).float()
+            for name, shape in shapes.items()
+        }
+        found["not_born_as_drawn"] = differing(drawn, state_in(born, shapes, ("master",)))
         shutil.rmtree(born)
     return found | go_on(engine, ranks)
 

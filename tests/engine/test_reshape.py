@@ -1,4 +1,7 @@
-"""A training state is taken up whole by any engine, at any ZeRO stage, on any number of ranks."""
+"""A training state is taken up whole by any engine, at any ZeRO stage, on any number of ranks.
+
+What the default run has of it, from one process to two ranks and back, is in test_engines.py.
+"""
 
 import json
 import subprocess
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 PROGRAM = Path(__file__).with_name("reshape_program.py")
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -64,23 +67,6 @@ def check_read(read: Found, written: Found) -> None:
                 assert done["grad_norm"] == pytest.approx(due["grad_norm"], abs=1e-5), move
 
 
-def test_a_state_moves_between_one_process_and_three_ranks(tmp_path: Path, command: Command) -> None:
-    """One launch: the single engine is rank 0's alone. Every pair of stages and world sizes is the slow test below."""
-    several = layouts((None, 1, 3), ["bf16"])
-    found = launch(
-        command,
-        tmp_path,
-        3,
-        write=several,
-        targets=layouts((None, 0, 2, 3), ["bf16"]),
-        sources=["single-on-1-bf16", "zero1-on-3-bf16", "zero3-on-3-bf16"],
-    )
-    check_written(found["written"])
-    check_read(found["read"], found["written"])
-    assert len(found["read"]) == 12
-
-
-@pytest.mark.slow
 def test_every_state_is_read_by_every_stage_on_every_number_of_ranks(tmp_path: Path, command: Command) -> None:
     written: Found = {}
     for world_size in WORLD_SIZES:
