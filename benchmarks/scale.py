@@ -86,6 +86,7 @@ class Case(NamedTuple):
     config: Config
     scale: Scale
     on_gpu: bool
+    settings: Sequence[str]  # the file's name without its ending, and what replaces its settings
 
 
 def run(
@@ -143,6 +144,7 @@ def case_of(path: str, overrides: Sequence[str]) -> Case:
         config,
         scale,
         on_gpu,
+        (stem, *overrides),
     )
 
 
@@ -309,6 +311,7 @@ class Session(session.Session):
                 "dtype": each.found["opened"]["dtype"],
                 "threads": each.found["opened"]["threads"],
                 "start_seconds": each.found["opened"]["seconds"],
+                "settings": list(self.case.settings),
                 "parameters": parameter_count(config.model),
                 "shapes": [[config.micro_batches, config.train.micro_batch_size, config.model.context]],
                 "tokens": tokens,

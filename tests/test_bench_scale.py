@@ -60,6 +60,7 @@ def test_one_process_is_measured_beside_the_plan(toy, tmp_path):
     (row,) = results.lines_of(path)
     assert row["outcome"] == "passed"
     assert (row["contender"], row["direction"], row["case"]) == ("single", "1 rank", "toy N=32 T=32")
+    assert row["settings"] == ["toy"]
     assert row["rounds"] == 2 and row["tokens"] == 256 and row["tokens_per_second"] == 256 / row["median"]
     assert row["communication"]["counted_total"] == row["communication"]["planned_total"] == 0
     counted, planned = row["memory"]["counted"], row["memory"]["planned"]
