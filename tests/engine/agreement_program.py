@@ -1,16 +1,22 @@
 """Run by torchrun, or alone: the losses of the engines, and of plain PyTorch's data parallelism, over many updates.
 
 usage: agreement_program.py RUNS RESULTS
-A run: {"name", "kind": "single", "deepspeed" or "plain", "stage"?, "precision"?, "overrides"}
-"plain" is PyTorch's DistributedDataParallel under bf16 autocast.
+A run: {"name", "kind": "single", "deepspeed", "plain" or "plain-low", "stage"?, "precision"?, "overrides"}
+"plain" is PyTorch's DistributedDataParallel under bf16 autocast; "plain-low" the same, its weights and gradients in bf16
+and its masters in fp32.
 """
 
 import contextlib
+import copy
+import dataclasses
 import json
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastgpt_kernels import load_ops
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.step_contenders import adamw
 from benchmarks.step_models import PlainGPT
 from fastgpt.config import Config
-from fastgpt.data.source import RandomSource
+from fastgpt.data.source import Batch, RandomSource
 from fastgpt.engine.base import global_loss
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
@@ -50,11 +56,21 @@ def settings(run: dict[str, Any]) -> Config:
     return Config.model_validate(tree)
 
 
+def progressions(config: Config, ranks: Ranks) -> Iterator[Batch]:
+    """Something to learn: each sequence counts on from its first token in steps of one to four."""
+    size = config.train.micro_batch_size
+    source = RandomSource(VOCABULARY, CONTEXT, size, config.micro_batches, 7, ranks.rank, ranks.world_size)
+    for batch in source.batches(0):
+        first, second = batch.tokens[..., :1], batch.tokens[..., 1:2]
+        counted = (first + (1 + second % 4) * np.arange(CONTEXT + 1)) % VOCABULARY
+        yield dataclasses.replace(batch, tokens=counted)
+
+
 def losses_of(run: dict[str, Any], ranks: Ranks) -> list[float]:
     config = settings(run)
-    source = RandomSource(VOCABULARY, CONTEXT, 2, config.micro_batches, 7, ranks.rank, ranks.world_size).batches(0)
-    if run["kind"] == "plain":
-        return plain_losses(config, source, ranks)
+    source = progressions(config, ranks)
+    if run["kind"].startswith("plain"):
+        return plain_losses(config, source, ranks, low=run["kind"] == "plain-low")
     engine = prepare(
         lambda: GPT(config.model, load_ops("torch")),
         config,
@@ -66,14 +82,16 @@ def losses_of(run: dict[str, Any], ranks: Ranks) -> list[float]:
     return [engine.update(next(source)).update.loss for _ in range(STEPS)]
 
 
-def plain_losses(config: Config, source: Any, ranks: Ranks) -> list[float]:
-    """The loop of a careful user: bf16 autocast over fp32 weights, gradients added up before they are reduced."""
-    model = PlainGPT(config.model, config.train.seed)
+def plain_losses(config: Config, source: Iterator[Batch], ranks: Ranks, *, low: bool) -> list[float]:
+    """The loop of a careful user: gradients are added up on each rank before they are reduced."""
+    masters = PlainGPT(config.model, config.train.seed)
+    model = copy.deepcopy(masters).bfloat16() if low else masters
     parallel = DistributedDataParallel(model)
-    optimizer = adamw(model, config)
+    optimizer = adamw(masters, config)
     losses = []
     for step in range(1, STEPS + 1):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(step, config.train)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.train)
         own = []
         rows = torch.from_numpy(next(source).tokens)
         for number, tokens in enumerate(rows):
@@ -83,9 +101,16 @@ def plain_losses(config: Config, source: Any, ranks: Ranks) -> list[float]:
                     loss = parallel(tokens[:, :-1], tokens[:, 1:])
                 (loss / len(rows)).backward()
             own.append(loss.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip or 0.0)
+        if low:
+            for master, working in zip(masters.parameters(), model.parameters(), strict=True):
+                master.grad = None if working.grad is None else working.grad.float()
+        torch.nn.utils.clip_grad_norm_(masters.parameters(), config.train.clip or math.inf)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
+        if low:
+            with torch.no_grad():
+                for master, working in zip(masters.parameters(), model.parameters(), strict=True):
+                    working.copy_(master)
         losses.append(global_loss(ranks, own))
     return losses
 

@@ -25,7 +25,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]
     folder = tmp_path_factory.mktemp("agreement")
     found = {}
     for world_size in WORLD_SIZES:
-        runs: list[dict[str, Any]] = [{"name": "plain", "kind": "plain"}]
+        runs: list[dict[str, Any]] = [{"name": kind, "kind": kind} for kind in ("plain", "plain-low")]
         if world_size == 1:
             runs += [{"name": f"single-{p}", "kind": "single", "precision": p} for p in PRECISIONS]
         # stage 3 last: from then on its process computes linear layers by DeepSpeed's own function
@@ -59,7 +59,7 @@ def test_fp32_losses_are_those_of_one_process(stage: int, world_size: int, losse
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", (1, 2, 3))
 def test_bf16_losses_are_as_near_as_those_of_plain_data_parallelism(
     stage: int, world_size: int, losses: dict[int, Losses]
 ) -> None:
@@ -68,6 +68,18 @@ def test_bf16_losses_are_as_near_as_those_of_plain_data_parallelism(
     theirs = largest_difference(losses[1]["plain"], losses[ranks]["plain"])
     ours = largest_difference(losses[1]["single-bf16"], losses[world_size][f"zero{stage}-bf16"])
     print(f"stage {stage}, {world_size} ranks: {ours:.2e}, plain {theirs:.2e}")
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_stage_0_in_bf16_is_as_near_as_plain_data_parallelism_with_gradients_in_bf16(
+    world_size: int, losses: dict[int, Losses]
+) -> None:
+    """DeepSpeed adds up and reduces them in bf16 there, as PyTorch does for a model in bf16; one process does not."""
+    alone = losses[1]["single-bf16"]
+    theirs = largest_difference(alone, losses[world_size]["plain-low"])
+    ours = largest_difference(alone, losses[world_size]["zero0-bf16"])
+    print(f"stage 0, {world_size} ranks: {ours:.2e}, plain {theirs:.2e}")
     assert ours <= 2 * theirs
 
 
