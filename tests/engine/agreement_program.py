@@ -2,8 +2,8 @@
 
 usage: agreement_program.py RUNS RESULTS
 A run: {"name", "kind": "single", "deepspeed", "plain" or "plain-low", "stage"?, "precision"?, "overrides"}
-"plain" is PyTorch's DistributedDataParallel under bf16 autocast; "plain-low" the same, its weights and gradients in bf16
-and its masters in fp32.
+"plain" is PyTorch's DistributedDataParallel under bf16 autocast; "plain-low" the same with weights and gradients
+in bf16 and masters in fp32.
 """
 
 import contextlib
