@@ -21,6 +21,7 @@ import torch
 from benchmarks import environment, gpu, session
 from benchmarks.contenders import Unavailable
 from benchmarks.results import NO_TIME, Record
+from benchmarks.scale_engines import ENGINES, with_engine
 from benchmarks.scale_group import Group
 from benchmarks.session import Keeping, say, timed
 from benchmarks.shapes import Scale
@@ -37,11 +38,6 @@ from fastgpt.settings import load_config
 from fastgpt.sizes import parameter_count
 
 ROUNDS = 5
-ENGINES: dict[str, dict[str, Any]] = {
-    "single": {"kind": "single"},
-    "single-no-graph": {"kind": "single", "cuda_graph": False},
-    **{f"zero{stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in range(4)},
-}
 DEFAULT_RANKS = (1, 2, 4)
 
 
@@ -71,11 +67,10 @@ class Layout:
 
     def batch(self, mode: str) -> Config:
         """The settings with the batch of a mode and nothing left on `auto`, for the plan."""
-        tree = self.config.model_dump()
-        train = tree["train"]
-        train["batch_tokens"] = self.modes[mode] * train["micro_batch_size"] * tree["model"]["context"]
-        tree["engine"]["precision"] = self.found["opened"]["dtype"]
-        return Config.model_validate(tree)
+        config = with_engine(self.config, self.engine, self.found["opened"]["dtype"])
+        unit = config.train.micro_batch_size * config.model.context
+        train = config.train.model_copy(update={"batch_tokens": self.modes[mode] * unit})
+        return config.model_copy(update={"train": train})
 
 
 class Case(NamedTuple):
@@ -207,11 +202,9 @@ class Session(session.Session):
 
     def layout(self, engine: str, ranks: int) -> Layout:
         """An engine on some ranks."""
-        tree = self.case.config.model_dump()
-        tree["engine"] |= ENGINES[engine]
         micro_batches = self.case.config.micro_batches
         modes = {"strong": micro_batches} | ({"weak": micro_batches * ranks} if ranks > 1 else {})
-        return Layout(engine, ranks, Config.model_validate(tree), modes)
+        return Layout(engine, ranks, with_engine(self.case.config, engine), modes)
 
     def measure(self) -> None:
         """One layout after the other, each with its share of the time that is left."""

@@ -94,11 +94,12 @@ class Worker:
         self.live = LiveBytes() if self.device.type == "cpu" else None
         with self.live or contextlib.nullcontext():
             self.open()
+            first = self.first_loss()
             if self.config.engine.precision == "fp16":
                 self.overflow()
-            self.check()
+            self.check(first)
         for mode in self.modes:
-            if not self.single:
+            if self.ranks.world_size > 1:
                 self.count_traffic(mode)
         self.time_rounds()
 
@@ -151,46 +152,37 @@ class Worker:
         scale = self.engine._scale if self.single else self.engine._layout.loss_scale()
         self.tell("scaling", {"from": OVERFLOWING, "to": scale.scale, "skipped": skipped})
 
-    def check(self) -> None:
-        """The loss of one sequence before any update, updates on one batch, and the memory of the second."""
+    def first_loss(self) -> float:
+        """The loss of one sequence, the same on every rank, before any update."""
         import torch
 
+        from fastgpt.data.source import RandomSource
+
+        model, train = self.config.model, self.config.train
+        source = RandomSource(model.vocab_size, model.context, train.micro_batch_size, 1, train.seed)
+        tokens = torch.from_numpy(next(source.batches(0)).tokens[0, :1])
+        summed: float = self.engine.evaluation_loss(tokens[:, :-1], tokens[:, 1:])
+        return summed / model.context
+
+    def check(self, first: float) -> None:
+        """Updates on one batch, and the memory of the second."""
         from benchmarks.resident import resident_bytes, resident_set
 
         batch = next(self.source(self.config.micro_batches).batches(0))
-        # every rank the same sequence
-        tokens = torch.from_numpy(next(self.whole_source().batches(0)).tokens[0, :1])
-        first = self.engine.evaluation_loss(tokens[:, :-1], tokens[:, 1:]) / (tokens.shape[1] - 1)
         updates = []
         for number in range(LEARNING_UPDATES):
             if number == 1:  # there are moments by now
                 self.reset_peak()
             updates.append(self.engine.update(batch).update)
             if number == 1:
-                peaks = self.ranks.gather([*self.allocated(), *resident_set()])
-                kinds = self.ranks.gather(resident_bytes(self.engine))
-        self.tell(
-            "check",
-            {
-                "first": first,
-                "losses": [update.loss for update in updates],
-                "applied": [update.applied for update in updates],
-            },
-        )
-        # the fullest rank counts
-        fullest = max(peaks, key=lambda peak: peak[1])
-        memory = {kind: max(each[kind] for each in kinds) for kind in kinds[0]}
-        memory |= {"between": fullest[0], "peak": fullest[1]}
-        before = self.ranks.gather(self.before[0])
-        grown = [peak[3] - start for peak, start in zip(peaks, before, strict=True)]
-        self.tell("memory", memory | {"resident_set_growth": grown})
-
-    def whole_source(self) -> Any:
-        """The first micro-batch, on every rank."""
-        from fastgpt.data.source import RandomSource
-
-        model, train = self.config.model, self.config.train
-        return RandomSource(model.vocab_size, model.context, train.micro_batch_size, 1, train.seed)
+                found = resident_bytes(self.engine)
+                now, most = self.allocated()
+                found |= {"between": now, "peak": most, "resident_set_growth": resident_set()[1] - self.before[0]}
+        applied = [update.applied for update in updates]
+        self.tell("check", {"first": first, "losses": [update.loss for update in updates], "applied": applied})
+        by_rank = self.ranks.gather(found)
+        memory = {kind: max(each[kind] for each in by_rank) for kind in found}  # the fullest rank counts
+        self.tell("memory", memory | {"resident_set_growth": [each["resident_set_growth"] for each in by_rank]})
 
     def count_traffic(self, mode: str) -> None:
         """What an update sends."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from fastgpt_kernels import load_ops
 
-from benchmarks import gpu, report, results, scale, scale_group, scale_table
+from benchmarks import gpu, planning, report, results, scale, scale_group, scale_table
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.resident import resident_bytes, resident_set
 from benchmarks.step_process import ContenderFailed, TimeIsOver
@@ -94,6 +94,34 @@ def test_every_stage_sends_what_the_plan_says(command, toy, tmp_path, precision)
         counted, planned = row["memory"]["counted"], row["memory"]["planned"]
         assert counted["optimizer"] == pytest.approx(planned["optimizer"], rel=0.01), (name, direction)
     assert "zero3" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_gpt2s_deepest_stack_is_built_sharded_and_updated_beside_its_plan(command, tmp_path):
+    """Narrow, on two ranks; docs/planning.md has the widest that a small machine could hold."""
+    narrow = ("model.n_embd=64", "model.n_head=1", "model.context=64", "model.dropout=0", "train.micro_batch_size=1")
+    words = [
+        *narrow,
+        "train.batch_tokens=256",
+        "engine.threads=1",
+        "--ranks",
+        "2",
+        "--engines",
+        "zero3",
+        "--rounds",
+        "1",
+    ]
+    record, _ = measure(command, gpu.ROOT / "configs" / "gpt2-1558m.yaml", tmp_path, *words)
+    (part,) = record["parts"].values()
+    strong, weak = part["benchmarks"]
+    assert (strong["mode"], weak["mode"]) == ("strong", "weak") and strong["case"].endswith("N=64 T=64 recomputed")
+    counted, planned = strong["memory"]["counted"], strong["memory"]["planned"]
+    assert counted["optimizer"] == pytest.approx(planned["optimizer"], rel=0.01)
+    assert min(counted["resident_set_growth"]) > counted["peak"] / 2
+    row = planning.layout_row(strong)
+    assert row[0] == strong["case"] and len(row) == planning.zero_table().split("\n")[0].count("|") - 1
+    print(row)
 
 
 def test_the_traffic_of_a_collective_is_what_a_ring_of_four_sends():
