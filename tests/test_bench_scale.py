@@ -1,5 +1,6 @@
 """`fastgpt bench scale` at toy size: what is measured and counted, and what a user is told."""
 
+import io
 import json
 import math
 import sys
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from fastgpt_kernels import load_ops
 
-from benchmarks import gpu, planning, report, results, scale, scale_group, scale_table
+from benchmarks import gpu, planning, report, results, scale, scale_group, scale_table, scale_worker
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.resident import resident_bytes, resident_set
 from benchmarks.step_process import ContenderFailed, TimeIsOver
@@ -156,6 +157,21 @@ def test_what_stays_between_updates_is_counted_by_kind(toy, precision, weights, 
     assert live.live == found["weights"] + found["optimizer"] + sums * parameters
     now, most = resident_set()
     assert 0 < now <= most
+
+
+def test_a_loss_scale_that_is_too_large_is_halved_until_an_update_is_applied(toy):
+    config = load_config(toy)
+    engine = prepare(
+        lambda: GPT(config.model, load_ops("torch")), config, kind="single", precision="fp16",
+        device=torch.device("cpu"), ranks=Ranks(),
+    )  # fmt: skip
+    worker = scale_worker.Worker.__new__(scale_worker.Worker)  # a process of its own would refuse fp16 on a CPU
+    worker.engine, worker.config, worker.single, worker.ranks = engine, config, True, Ranks()
+    worker.answers = io.StringIO()
+    worker.overflow()
+    found = json.loads(worker.answers.getvalue())["scaling"]
+    assert found["from"] == 2.0**40 and found["skipped"] > 10
+    assert found["to"] == found["from"] / 2 ** found["skipped"] == engine._scale.scale
 
 
 OPENED = {"opened": {"dtype": "bf16", "threads": 1, "seconds": 1.0}}
