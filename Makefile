@@ -1,4 +1,4 @@
-# `make check` is what CI runs; `make gpu` and `make gpu-tune` need a GPU.
+# `make check` is what CI runs; `make gpu`, `make gpu-tune` and `make gpu-scale` need a GPU.
 PYTHON ?= python
 JOBS ?= 2
 COMPILE = $(PYTHON) -m fastgpt_kernels.compile_report --gate --jobs $(JOBS)
@@ -8,7 +8,7 @@ WITH_OLDER_TRITON = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	$(PYTHON) -m pip install --quiet --no-deps --target "$$folder/triton" triton==$(OLDER_TRITON) && \
 	PYTHONPATH="$$folder/triton" $(COMPILE)
 
-.PHONY: check lint test slow gpu compile-gate kernels-compiled gpu-tune
+.PHONY: check lint test slow gpu compile-gate kernels-compiled gpu-tune gpu-scale
 
 check: lint test compile-gate
 
@@ -37,3 +37,6 @@ kernels-compiled:
 
 gpu-tune:
 	$(PYTHON) -m fastgpt_kernels.tune --seconds 420 $(if $(OUT),--out "$(OUT)")
+
+gpu-scale:
+	$(PYTHON) -m benchmarks.gpu --scaling

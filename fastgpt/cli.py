@@ -16,7 +16,7 @@ import fastgpt
 from fastgpt.errors import RankLost, SharedError, UserError, did_you_mean
 
 COMMANDS = ("train", "finetune", "predict", "prepare", "generate", "plan", "bench")
-BENCHMARKS = ("step", "data", "start")
+BENCHMARKS = ("step", "scale", "data", "start")
 
 EPILOG = """\
 examples:
@@ -127,6 +127,12 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
     step.add_argument("--label", default="", help="keeps it beside other measurements of the same file in the results")
     step.add_argument("--one-at-a-time", action="store_true", help="for a GPU that cannot hold all models at once")
+    scale = benchmarks.add_parser("scale", help="ZeRO's stages on several ranks, beside one process and the plan")
+    scale.add_argument("config", help="a YAML file of settings")
+    scale.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    scale.add_argument("--ranks", metavar="1,2,4", help="numbers of ranks (default: 1,2,4; on GPUs what there are)")
+    scale.add_argument("--engines", metavar="a,b,c", help="of single, single-no-graph, zero0 to zero3 (default: all)")
+    scale.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
     data = benchmarks.add_parser("data", help="batches from token shards, on one core")
     data.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
     data.add_argument("--toy", action="store_true", help="few tokens: to see that it works")
@@ -134,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("config", nargs="?", help="a YAML file of settings (default: the quickstart, and a small GPT-2)")
     start.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     start.add_argument("--rounds", type=int, default=5, help="fresh processes of each (default: %(default)s)")
-    for benchmark in (step, data, start):
+    for benchmark in (step, scale, data, start):
         _add_keeping(benchmark)
     return top
 

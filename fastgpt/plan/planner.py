@@ -21,6 +21,8 @@ OFFLOADS = (
     Offload("nvme", "cpu"),
     Offload("nvme", "nvme"),
 )
+# layouts whose speeds differ by less are equals: a higher stage has more collectives, whose latency is left out
+INDIFFERENT = 0.01
 MASTER_AND_MOMENTS = 12  # bytes of a parameter's training state in a checkpoint
 
 
@@ -125,10 +127,9 @@ def make_plan(config: Config, request: Request) -> Plan:
     for offload in OFFLOADS:
         found = [one for one in _fitting(config, request.gpus, gpu, offload) if host_memory(config, one) <= host]
         if found:
+            rates = [speed(config, one, gpu, interconnect, CASES["expected"]).tokens_per_second for one in found]
             # of equals the first: the lower stage, without checkpointing
-            layout = max(
-                found, key=lambda one: speed(config, one, gpu, interconnect, CASES["expected"]).tokens_per_second
-            )
+            layout = next(one for one, rate in zip(found, rates, strict=True) if rate >= max(rates) * (1 - INDIFFERENT))
             return _plan(config, request, gpu, interconnect, layout)
     smallest = _layout(config, request.gpus, 3, OFFLOADS[-1], checkpointing=True, micro=1)
     return _plan(config, request, gpu, interconnect, smallest)

@@ -202,7 +202,9 @@ def passes(model: ModelConfig) -> dict[str, dict[str, int]]:
 def collectives(config: Config, layout: Layout) -> list[Collective]:
     """What an update sends (Rajbhandari et al. 2020, section 7, with gradients in fp32 as fastgpt has them).
 
-    Stage 0 reduces in the run's precision. Stages 0 and 1 reduce once an update, 2 and 3 after every backward pass.
+    Stage 0 reduces in the run's precision. Stages 0 and 1 reduce once an update, 2 and 3 after every backward pass;
+    stage 2 all the same by all-reduces, each of a bucket that holds several ranks' parts (DeepSpeed's
+    use_multi_rank_bucket_allreduce), where a reduce-scatter would send half as much.
     """
     if layout.gpus == 1 or not layout.deepspeed:
         return []
@@ -218,7 +220,7 @@ def collectives(config: Config, layout: Layout) -> list[Collective]:
             ]
         case 2:
             return [
-                Collective("reduce-scatter of gradients", 4 * parameters, n, 1),
+                Collective("all-reduce of gradients", 4 * parameters, n, 2),
                 Collective("all-gather of weights", weights, 1, 1),
             ]
         case _:

@@ -12,7 +12,8 @@ from benchmarks.planning import GPT_2, PAGE, rendered, settings
 from fastgpt.cli import main
 from fastgpt.plan.hardware import GPUS
 from fastgpt.plan.memory import fits, needed
-from fastgpt.plan.planner import Request, make_plan
+from fastgpt.plan.planner import INDIFFERENT, Request, make_plan
+from fastgpt.plan.speed import CASES, speed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KEYS = {
@@ -64,6 +65,15 @@ def test_the_chosen_micro_batch_is_the_largest_that_fits(capsys: pytest.CaptureF
         for size in larger:
             layout = plan.layout._replace(micro_batch_size=size, accumulation=share // size)
             assert not fits(needed(config, layout), plan.gpu.memory)
+
+
+def test_a_higher_stage_must_be_faster_by_more_than_its_latency_might_cost() -> None:
+    config = settings("gpt2-124m", "")
+    plan = make_plan(config, Request(8, "h100"))
+    sharded = plan.layout._replace(zero_stage=3)
+    assert plan.layout.zero_stage == 1 and fits(needed(config, sharded), plan.gpu.memory)
+    rate = speed(config, sharded, plan.gpu, plan.interconnect, CASES["expected"]).tokens_per_second
+    assert 1 < rate / plan.speeds["expected"].tokens_per_second < 1 + INDIFFERENT
 
 
 @pytest.mark.parametrize(
