@@ -2,14 +2,13 @@
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastgpt_kernels import Backend, Ops, UnsupportedInput
+from fastgpt_kernels import Backend, Ops
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -74,8 +73,14 @@ def load_model(
     Raises:
         UserError: something is missing, damaged or not supported; the message names the file and the key.
     """
-    place = _device(str(device))
-    ops = _ops(backend, place)
+    place = resolve_device(str(device), setting="device")
+    return read_model(folder, ops_for(backend, place, setting="backend"), place, dtype)
+
+
+def read_model(
+    folder: str | PathLike[str], ops: Ops, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[GPT, Tokenizer | None]:
+    """`load_model` with operations that are loaded, on a device that is there."""
     folder = _model_folder(Path(folder))
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
@@ -83,7 +88,7 @@ def load_model(
         known = (MODEL_TYPE, *ARCHITECTURES)
         near = did_you_mean(kind, known) if isinstance(kind, str) else ""
         raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}; known: {', '.join(known)}.{near}")
-    state = _read_tensors(folder, place, dtype)
+    state = _read_tensors(folder, device, dtype)
     if kind == MODEL_TYPE:
         model = model_from_state(_our_config(settings, folder), ops, state, where=str(folder / WEIGHTS))
     else:
@@ -95,19 +100,6 @@ def load_model(
             "they do not belong together"
         )
     return model.eval(), tokenizer
-
-
-def _device(name: str) -> torch.device:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise UserError(f"device: {name!r} is not known; allowed: auto, cpu, cuda, cuda:N")
-    return resolve_device(name)
-
-
-def _ops(backend: Backend, device: torch.device) -> Ops:
-    try:
-        return ops_for(backend, device)
-    except UnsupportedInput as problem:
-        raise UserError(f"backend: {' '.join(str(problem).split())}") from None
 
 
 def _model_folder(folder: Path) -> Path:

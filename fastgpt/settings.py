@@ -163,7 +163,7 @@ def _line(error: ErrorDetails, places: dict[Key, str], path: str) -> str:
     name = ".".join(key)
     match error["type"]:
         case "extra_forbidden":
-            return f"{where}: {name} is not a setting.{_nearest(name)}"
+            return f"{where}: {_unknown(key)}"
         case "missing":
             return f"{path}: {name} is missing; it must be {expected(key)}"
         case "broken_setting":
@@ -181,6 +181,18 @@ def _shown(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown(key: Key) -> str:
+    """What is wrong with a key of the file that is no setting, and what may be meant."""
+    written = key[-1]
+    if "." not in written:
+        return f"{'.'.join(key)} is not a setting.{_nearest('.'.join(key))}"
+    # on the command line a dot is between section and setting, in a file it is a letter like others
+    if written in known_settings():
+        section, _, name = written.rpartition(".")
+        return f"{written} is written in its section here: '{name}:', indented, under '{section}:'"
+    return f"{written} is not a setting.{_nearest(written)}"
 
 
 def _nearest(name: str) -> str:

@@ -130,6 +130,18 @@ IN_FILE = {
         GOOD + "zero_stage: 1\n",
         ":15: zero_stage is not a setting. Did you mean engine.zero_stage?",
     ),
+    "a key as the command line has it": (
+        GOOD + "engine.threads: 2\n",
+        ":15: engine.threads is written in its section here: 'threads:', indented, under 'engine:'",
+    ),
+    "such a key within its section": (
+        GOOD + "engine:\n  engine.threads: 2\n",
+        ":16: engine.threads is written in its section here: 'threads:', indented, under 'engine:'",
+    ),
+    "a slip in such a key": (
+        GOOD + "train.stepz: 3\n",
+        ":15: train.stepz is not a setting. Did you mean train.steps?",
+    ),
     "a slip in a section": (GOOD.replace("train:", "trian:"), "trian is not a setting"),
     "text for a number": (GOOD.replace("steps: 3", "steps: many"), ":11: train.steps must be an integer of at least 1"),
     "a fraction for an integer": (GOOD.replace("steps: 3", "steps: 3.5"), ":11: train.steps must be an integer"),

@@ -1,11 +1,13 @@
 """Which number format a run computes in, and the loss scale that fp16 needs."""
 
 import logging
+import re
 import time
 from dataclasses import dataclass
 
 import torch
 
+from fastgpt.config import DEVICE
 from fastgpt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -16,19 +18,26 @@ WORTH_IT = 1.2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+def resolve_device(name: str, local_rank: int = 0, *, setting: str = "engine.device") -> torch.device:
     """`auto` is this rank's GPU where there is one, else the CPU.
 
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        local_rank: of this process on its host.
+        setting: what the user calls the name, for errors.
+
     Raises:
-        UserError: a GPU that is not there.
+        UserError: another name, or a GPU that is not there.
     """
+    if not re.fullmatch(DEVICE, name):
+        raise UserError(f"{setting}: {name!r} is not known; allowed: auto, cpu, cuda, cuda:N")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(name.partition(":")[2]) if ":" in name else local_rank
     if index >= count:
         available = f"cuda:0 to cuda:{count - 1}" if count else "cpu only"
-        raise UserError(f"engine.device: {name} asks for GPU {index}, and this machine has {available}")
+        raise UserError(f"{setting}: {name} asks for GPU {index}, and this machine has {available}")
     return torch.device("cuda", index)
 
 
