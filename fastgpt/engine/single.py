@@ -1,6 +1,5 @@
 """One process, no DeepSpeed: the plain form of an update, which the other engine is held to."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
-from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.base import Pending, dropout_seed, told
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.cuda_graph import CudaGraphs, GraphedMicroStep, Recorder
 from fastgpt.engine.main_gradients import MainGradients
@@ -102,11 +101,7 @@ class SingleProcess:
                 self._scale.update(overflow=not norm.isfinite())
             self._gradients.clear()
 
-        def read(step: int = self.step) -> Update:
-            loss, size = global_loss(self.ranks, losses), float(norm)
-            applied = math.isfinite(size)
-            return Update(step, loss, size if applied else math.inf, rate, applied)
-
+        read = told(self.ranks, self.step, losses, norm, rate)
         return Pending(read, done=self._device.type == "cpu" or self._scale is not None)
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
-from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.base import Pending, dropout_seed, told
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.host import to_device
@@ -96,12 +96,7 @@ class DeepSpeedZero:
             self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm() if self._engine.skipped_steps == skipped else math.inf
-
-        def read(step: int = self.step) -> Update:
-            loss, size = global_loss(self.ranks, losses), float(norm)
-            applied = math.isfinite(size)
-            return Update(step, loss, size if applied else math.inf, rate, applied)
-
+        read = told(self.ranks, self.step, losses, norm, rate)
         return Pending(read, done=self._device.type == "cpu")
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:

@@ -119,7 +119,7 @@ class _Run:
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
         checkpoint = self._checkpoint(store)
         if checkpoint and checkpoint.state.get("data") != corpus.fingerprint:
-            raise UserError(
+            raise SharedError(
                 f"data.path: {self.config.data.path} no longer gives the tokens that the run in {folder} was "
                 "trained on: its text, data.text_key, data.tokenizer or data.validation_fraction has changed. "
                 "Restore it, or choose another 'out'"
@@ -171,7 +171,7 @@ class _Run:
         reporter = Reporter(self.display, config.train.steps, flops, peak and peak * self.ranks.world_size)
         watchers: list[Watcher] = [Guard(), recorder, reporter, evaluation, saver]
         if config.engine.compile:
-            watchers.append(FirstUpdate(config.train.batch_tokens))
+            watchers.append(FirstUpdate(batch_tokens(config)))
         try:
             with saver.signals(), prefetch(source.batches(engine.step)) as batches:
                 train(
