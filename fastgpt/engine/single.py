@@ -12,6 +12,7 @@ from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, dropout_seed, told
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.cuda_graph import CudaGraphs, GraphedMicroStep, Recorder
+from fastgpt.engine.evaluating import Evaluating
 from fastgpt.engine.main_gradients import MainGradients
 from fastgpt.engine.micro_step import MicroStep
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
@@ -20,7 +21,6 @@ from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Fragment, Progress, check_parameters, read_state, restored_scale, write_state
-from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import initialise
 
@@ -66,7 +66,7 @@ class SingleProcess:
             recorder = CudaGraphs()
         if recorder is not None:
             self._micro_step = GraphedMicroStep(plain, self._weights, recorder)
-        self._sampler: CachedLogits | None = None
+        self._evaluating = Evaluating(self._model, config.model, DTYPES[precision], device)
 
     @property
     def phases(self) -> Phases:
@@ -96,7 +96,7 @@ class SingleProcess:
             norm = grad_norm(self._gradients.all(), backend=optimizer_backend(self._config.kernels)) / scale
             set_learning_rate(self._optimizer, rate)
             self._optimizer.step(gradient_scale=gradient_factor(norm, self._config.train.clip, scale))
-            self._sampler = None
+            self._evaluating.forget()
             if self._scale:
                 self._scale.update(overflow=not norm.isfinite())
             self._gradients.clear()
@@ -106,17 +106,11 @@ class SingleProcess:
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
         """Summed loss (nats) of a batch, dropout off."""
-        with torch.no_grad():
-            self._model.eval()
-            return float(self._model(inputs.to(self._device), targets=targets.to(self._device), reduction="sum"))
+        return self._evaluating.loss(inputs, targets)
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
-        self._model.eval()
-        if self._sampler is None:
-            dtype = next(iter(self._weights.values())).dtype
-            self._sampler = CachedLogits(self._model, self._config.model, dtype=dtype, device=self._device)
-        return self._sampler(tokens).float().cpu()
+        return self._evaluating.last_logits(tokens)
 
     def model_state(self) -> dict[str, Tensor]:
         """The working weights by name, on the CPU."""
@@ -135,7 +129,7 @@ class SingleProcess:
         self.step = progress.step
         if self._scale:
             self._scale = restored_scale(progress)
-        self._sampler = None
+        self._evaluating.forget()
         if self._low:
             self._round_masters()
 

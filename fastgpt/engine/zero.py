@@ -21,6 +21,7 @@ from fastgpt.data.source import Batch
 from fastgpt.engine.base import Pending, dropout_seed, told
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
+from fastgpt.engine.evaluating import Evaluating
 from fastgpt.engine.host import to_device
 from fastgpt.engine.layouts import PlainLayout, layout_of
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
@@ -30,7 +31,6 @@ from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
 from fastgpt.errors import UserError
-from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import initial_value, initialise
 
@@ -74,14 +74,14 @@ class DeepSpeedZero:
                 model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         self._layout = layout_of(self._engine.optimizer, self._stage, self._weights, ranks)
-        self._sampler: CachedLogits | None = None
+        self._evaluating = Evaluating(self._engine, config.model, DTYPES[precision], device)
 
     def update(self, batch: Batch) -> Pending:
         """Begin one update from this rank's micro-batches."""
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
         set_learning_rate(self._layout.optimizer, rate)
-        self._sampler = None
+        self._evaluating.forget()
         skipped = self._engine.skipped_steps
         losses: list[Tensor] = []
         self._engine.train()
@@ -101,17 +101,11 @@ class DeepSpeedZero:
 
     def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
         """Summed loss (nats) of this rank's batch, dropout off."""
-        with torch.no_grad():
-            self._engine.eval()
-            return float(self._engine(inputs.to(self._device), targets=targets.to(self._device), reduction="sum"))
+        return self._evaluating.loss(inputs, targets)
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
-        self._engine.eval()
-        if self._sampler is None:
-            dtype = DTYPES[self._precision]
-            self._sampler = CachedLogits(self._engine, self._config.model, dtype=dtype, device=self._device)
-        return self._sampler(tokens).float().cpu()
+        return self._evaluating.last_logits(tokens)
 
     def model_state(self) -> dict[str, Tensor] | None:
         """The working weights by name on rank 0's CPU, gathered one at a time."""
@@ -137,7 +131,7 @@ class DeepSpeedZero:
         if self._precision == "fp16":
             self._layout.set_loss_scale(restored_scale(progress))
         self._layout.refresh_weights()
-        self._sampler = None
+        self._evaluating.forget()
 
     def _build(self, build: Callable[[], GPT], deepspeed: Any, settings: dict[str, Any]) -> GPT:
         """The model with its initial values, at stage 3 sharded as each module is made."""

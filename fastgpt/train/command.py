@@ -31,7 +31,7 @@ from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.corpus import prepare_corpus
 from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.evaluation import Evaluation
-from fastgpt.train.folder import Plan, RunLock, keep_resolved, plan, save_config
+from fastgpt.train.folder import RunLock, keep_resolved, save_config, shared_plan
 from fastgpt.train.hardware import peak_flops
 from fastgpt.train.loop import train
 from fastgpt.train.recorder import Recorder
@@ -99,7 +99,7 @@ class _Run:
         self.kind = kind
         self.device = device
         self.display = display_for(ranks.rank)
-        self.plan: Plan = _plan(ranks, config, must_resume=must_resume)
+        self.plan = shared_plan(ranks, config, must_resume=must_resume)
         self.config = self._resolved(config)
 
     def go(self) -> Path:
@@ -250,14 +250,6 @@ class _Run:
             config.engine.threads,
         )
         return engine
-
-
-def _plan(ranks: Ranks, config: Config, *, must_resume: bool) -> Plan:
-    """The plan, made by every rank from the same files before any of them is written to."""
-    ranks.on_first(lambda: bool(plan(config, must_resume=must_resume)))
-    decision = plan(config, must_resume=must_resume)
-    ranks.barrier()
-    return decision
 
 
 def _named(checkpoint: Checkpoint | None) -> list[Any] | None:

@@ -7,12 +7,13 @@ import fcntl
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fastgpt.checkpoint.files import write_atomically
 from fastgpt.checkpoint.store import CheckpointStore
 from fastgpt.config import Config, flatten
+from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import UserError
+from fastgpt.files import write_atomically
 from fastgpt.settings import dump_config, load_config
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,11 @@ _NO_MATTER = (
     "data.cache",
     "data.verify",
     "engine.threads",
+    "engine.cuda_graph",
     "engine.timeout_minutes",
     "engine.reduce_bucket_size",
     "engine.overlap_comm",
+    "train.activation_checkpointing",
     "train.keep",
     "train.save_every",
 )
@@ -92,6 +95,22 @@ def plan(config: Config, *, must_resume: bool = False) -> Plan:
             whole = newest is not None and newest.step >= config.train.steps and (folder / "summary.json").exists()
             return Plan(folder, resume=not whole, finished=whole, changes=(), saved=saved, newest=step)
         number += 1
+
+
+def shared_plan(ranks: Ranks, config: Config, *, must_resume: bool = False) -> Plan:
+    """The plan on every rank; rank 0 makes it, and alone looks at the folder and hashes a finished run's checkpoint.
+
+    Raises:
+        UserError: as `plan` does, on every rank.
+    """
+
+    def work() -> dict[str, Any]:
+        made = plan(config, must_resume=must_resume)
+        return made._asdict() | {"folder": str(made.folder), "saved": made.saved and made.saved.model_dump()}
+
+    found = ranks.on_first(work)
+    saved = found["saved"] and Config.model_validate(found["saved"])
+    return Plan(**found | {"folder": Path(found["folder"]), "changes": tuple(found["changes"]), "saved": saved})
 
 
 def keep_resolved(config: Config, saved: Config) -> Config:
