@@ -3,17 +3,21 @@
 import logging
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from fastgpt.config import DEVICE
-from fastgpt.errors import UserError
+from fastgpt.errors import SharedError, UserError
 
 log = logging.getLogger(__name__)
 
 # how much faster a product must be in bf16, which costs digits and a master copy of the weights
 WORTH_IT = 1.2
+
+DIVERGED = "fp16 gradients overflow even unscaled: the run has diverged. Lower train.lr or use engine.precision=bf16"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,17 +97,30 @@ class LossScale:
         """Take note of one update.
 
         Raises:
-            UserError: an overflow although the scale is as small as it may be.
+            SharedError: an overflow although the scale is as small as it may be.
         """
         if overflow:
             if self.scale <= self.smallest:
-                raise UserError(
-                    "fp16 gradients overflow even unscaled: the run has diverged. "
-                    "Lower train.lr or use engine.precision=bf16"
-                )
+                raise SharedError(DIVERGED)
             self.scale = max(self.scale / 2, self.smallest)
             self.clean = 0
             return
         if self.clean and self.clean % self.window == 0:
             self.scale *= 2
         self.clean += 1
+
+
+@contextmanager
+def told_of_divergence() -> Iterator[None]:
+    """Raise `LossScale`'s error where DeepSpeed's loss scale, counted alike, is as small as it may be.
+
+    Raises:
+        SharedError: see there; all ranks see the same overflow.
+    """
+    try:
+        yield
+    except Exception as problem:
+        # it has no class of its own for this
+        if "loss scale already at minimum" not in str(problem):
+            raise
+        raise SharedError(DIVERGED) from problem

@@ -26,7 +26,7 @@ from fastgpt.engine.host import to_device
 from fastgpt.engine.layouts import PlainLayout, layout_of
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
 from fastgpt.engine.phases import Phases, unobserved
-from fastgpt.engine.precision import DTYPES, LossScale
+from fastgpt.engine.precision import DTYPES, LossScale, told_of_divergence
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
@@ -93,7 +93,8 @@ class DeepSpeedZero:
             losses.append(self._accumulate(tokens, index))
         with self.phases("optimizer"):
             norm = self._clip() if isinstance(self._layout, PlainLayout) else None
-            self._engine.step()
+            with told_of_divergence():
+                self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm() if self._engine.skipped_steps == skipped else math.inf
         read = told(self.ranks, self.step, losses, norm, rate)
