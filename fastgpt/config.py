@@ -1,6 +1,6 @@
 """Every setting: its name, type, limits and default.
 
-`load_config` in `fastgpt.settings` reads these from YAML and the command line, and words the errors.
+`load_config` in `fastgpt.settings` reads these from YAML and the command line; `fastgpt.wording` words the errors.
 """
 
 from typing import Annotated, Any, Literal

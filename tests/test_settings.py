@@ -8,7 +8,8 @@ from fastgpt.config import Config
 from fastgpt.errors import UserError
 from fastgpt.model import parameter_count
 from fastgpt.ramp import batch_tokens
-from fastgpt.settings import dump_config, known_settings, load_config
+from fastgpt.settings import dump_config, load_config
+from fastgpt.wording import known_settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 

@@ -22,12 +22,12 @@ DIVERGED = "fp16 gradients overflow even unscaled: the run has diverged. Lower t
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str, local_rank: int = 0, *, setting: str = "engine.device") -> torch.device:
+def resolve_device(name: str, gpu: int = 0, *, setting: str = "engine.device") -> torch.device:
     """`auto` is this rank's GPU where there is one, else the CPU.
 
     Args:
         name: auto, cpu, cuda or cuda:N.
-        local_rank: of this process on its host.
+        gpu: this rank's, by its number among those that it sees.
         setting: what the user calls the name, for errors.
 
     Raises:
@@ -38,7 +38,7 @@ def resolve_device(name: str, local_rank: int = 0, *, setting: str = "engine.dev
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(name.partition(":")[2]) if ":" in name else local_rank
+    index = int(name.partition(":")[2]) if ":" in name else gpu
     if index >= count:
         available = f"cuda:0 to cuda:{count - 1}" if count else "cpu only"
         raise UserError(f"{setting}: {name} asks for GPU {index}, and this machine has {available}")

@@ -68,7 +68,7 @@ def run(config: Config, *, must_resume: bool = False) -> Path:
         raise SharedError(
             f"engine.device: {config.engine.device} would put all {launch.local_world_size} ranks on one GPU; use cuda"
         )
-    device = resolve_device(config.engine.device, launch.local_rank)
+    device = resolve_device(config.engine.device, launch.gpu)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
     if launch.launcher == "deepspeed":
