@@ -130,7 +130,6 @@ class Worker:
     def source(self, micro_batches: int) -> Any:
         """The same random tokens for every layout with so many micro-batches an update."""
         from fastgpt.data.source import RandomSource
-        from fastgpt.engine.base import evaluation_loss
 
         model, train = self.config.model, self.config.train
         place = (self.ranks.rank, self.ranks.world_size)

@@ -1,6 +1,6 @@
 """Every setting: its name, type, limits and default.
 
-`load_config` in `fastgpt.settings` reads these from YAML and the command line, and words the errors.
+`load_config` in `fastgpt.settings` reads these from YAML and the command line; `fastgpt.wording` words the errors.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 # tokens of the first batches of GPT-3 ("Language Models are Few-Shot Learners", appendix B)
 RAMP_START = 32_768
@@ -156,7 +156,7 @@ class EngineConfig(Section):
     kind: Literal["auto", "single", "deepspeed"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=DEVICE)] = "auto"
     cuda_graph: bool = True
     """Record forward and backward of a micro-batch as one CUDA graph (the single engine, on a GPU)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -1,17 +1,17 @@
-"""Settings from a YAML file and `key.sub=value` words, with errors that name the line and the right spelling."""
+"""Settings from a YAML file and `key.sub=value` words, with errors that name the line (`fastgpt.wording`)."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from fastgpt.config import Config, Section
 from fastgpt.errors import UserError, did_you_mean
 from fastgpt.schema import Key, Schema
+from fastgpt.wording import Places, line_of
 
 C = TypeVar("C", bound=Section)
 
@@ -29,24 +29,6 @@ _Loader.add_implicit_resolver(
 
 # sections whose keys are those of another program, and not listed here
 _OPEN = ("engine.deepspeed",)
-
-
-class Places:
-    """Where each setting was written."""
-
-    def __init__(self, path: str = "", lines: Mapping[Key, str] | None = None) -> None:
-        """Name the file, and "file:line" or "command line" of every key."""
-        self._path = path
-        self._lines = lines or {}
-
-    def of(self, key: Key) -> str:
-        """The place of a key; else of the first one in it, of the nearest section around it, or the file."""
-        within = (known for known in self._lines if known[: len(key)] == key)
-        around = (key[:length] for length in range(len(key) - 1, 0, -1))
-        return next((self._lines[known] for known in (key, *within, *around) if known in self._lines), self._path)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._lines
 
 
 @overload
@@ -92,7 +74,7 @@ def load_config_with_places(
     try:
         return kind.model_validate(tree), places
     except ValidationError as problem:
-        found = dict.fromkeys(_line(error, places, str(path), schema) for error in problem.errors())
+        found = dict.fromkeys(line_of(error, places, str(path), schema) for error in problem.errors())
         raise UserError("\n".join(found)) from None
 
 
@@ -186,42 +168,3 @@ def _value(key: Key, text: str, schema: Schema) -> Any:
         return yaml.load(text, Loader=_Loader) if text else ""
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError):
         raise UserError(f"command line: {'.'.join(key)} cannot be read from '{text}'") from None
-
-
-def _line(error: ErrorDetails, places: Places, path: str, schema: Schema) -> str:
-    """One pydantic error in the user's words."""
-    key: Key = tuple(str(part) for part in error["loc"])
-    context = error.get("ctx", {})
-    if error["type"] == "broken_setting":
-        key += tuple(context["key"].split("."))
-    # keys that pydantic adds for the members of a union are not the user's
-    while (
-        key and schema.field(key) is None and key not in places and error["type"] not in ("extra_forbidden", "missing")
-    ):
-        key = key[:-1]
-    where = places.of(key)
-    name = ".".join(key)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{where}: {name} is not a setting.{schema.nearest(name)}"
-        case "missing":
-            return f"{path}: {name} is missing; it must be {schema.expected(key)}"
-        case "broken_setting":
-            return f"{where}: {name} {context['message']}"
-        case _:
-            value = error["input"]
-            near = did_you_mean(value, schema.literals(key)) if isinstance(value, str) else ""
-            if (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and schema.expected(key).startswith("text")
-            ):
-                near = f" Write '{value}' in quotes if it is a name."
-            return f"{where}: {name} must be {schema.expected(key)}, not {_shown(value)}.{near}"
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

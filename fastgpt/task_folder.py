@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgpt.checkpoint.files import open_to_readers
 from fastgpt.config import ModelConfig, TableConfig
 from fastgpt.errors import UserError
+from fastgpt.files import open_to_readers
 from fastgpt.load import load_model, model_folder, save_model
 from fastgpt.model.levels import HEAD
 from fastgpt.model.task import TaskModel, TaskShape

@@ -9,7 +9,8 @@ from fastgpt.errors import UserError
 from fastgpt.model import parameter_count
 from fastgpt.ramp import batch_tokens
 from fastgpt.schema import describe
-from fastgpt.settings import Places, dump_config, known_settings, load_config, load_config_with_places
+from fastgpt.settings import dump_config, known_settings, load_config, load_config_with_places
+from fastgpt.wording import Places
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 
@@ -151,6 +152,18 @@ IN_FILE = {
     "a key at the top that belongs in a section": (
         GOOD + "zero_stage: 1\n",
         ":15: zero_stage is not a setting. Did you mean engine.zero_stage?",
+    ),
+    "a key as the command line has it": (
+        GOOD + "engine.threads: 2\n",
+        ":15: engine.threads is written in its section here: 'threads:', indented, under 'engine:'",
+    ),
+    "such a key within its section": (
+        GOOD + "engine:\n  engine.threads: 2\n",
+        ":16: engine.threads is written in its section here: 'threads:', indented, under 'engine:'",
+    ),
+    "a slip in such a key": (
+        GOOD + "train.stepz: 3\n",
+        ":15: train.stepz is not a setting. Did you mean train.steps?",
     ),
     "a slip in a section": (GOOD.replace("train:", "trian:"), "trian is not a setting"),
     "text for a number": (GOOD.replace("steps: 3", "steps: many"), ":11: train.steps must be an integer of at least 1"),

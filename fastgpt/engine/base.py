@@ -1,5 +1,6 @@
 """What every engine does: updates from batches, losses for evaluation, logits for samples, state to and from disk."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import RankBatch
+from fastgpt.engine.host import to_host
 from fastgpt.engine.ranks import Ranks
 from fastgpt.model.seeds import fold
 
@@ -24,6 +26,7 @@ class Update(NamedTuple):
     grad_norm: float  # global L2 norm before clipping; inf where the update was skipped
     learning_rate: float
     applied: bool  # False: gradients overflowed (fp16) or were not finite, the weights are as they were
+    stop: bool = False  # a rank had been asked to end the run
 
 
 class Pending:
@@ -78,10 +81,28 @@ def evaluation_loss(engine: Engine, inputs: Tensor, targets: Tensor) -> float:
     return float(engine.outputs({"tokens": inputs, "targets": targets}, reduction="sum"))
 
 
-def global_loss(ranks: Ranks, losses: list[Tensor]) -> float:
-    """Mean of the global batch's micro-batch losses, summed in the batch's order whatever the world size.
+def told(
+    ranks: Ranks, step: int, losses: list[Tensor], norm: Tensor | float, learning_rate: float
+) -> Callable[[], Update]:
+    """Begin to bring what an update has to tell to the host; what comes back waits for that, and for nothing later.
 
-    Rank r holds micro-batches r, r + W, r + 2W, ..., so the transposed table is the batch's order.
+    Args:
+        ranks: of the run; all of them call this together.
+        step: the update's number.
+        losses: of this rank's micro-batches, scalars. Told is their mean over the global batch, to the same bits
+            whatever the world size.
+        norm: of the gradient, the same on all ranks.
+        learning_rate: of the update.
     """
-    table = ranks.gather_floats(torch.stack([loss.detach().double() for loss in losses]))
-    return float(table.T.reshape(-1).mean())
+    means = torch.stack([loss.detach().double() for loss in losses])
+    gathered = ranks.begin_to_gather(torch.cat([means, means.new_full((1,), float(ranks.stop_asked))]))
+    size = to_host(torch.as_tensor(norm).reshape(1))
+
+    def read() -> Update:
+        table, [found] = gathered().tolist(), size().tolist()
+        applied, stop = math.isfinite(found), any(row[-1] for row in table)
+        of_all = [loss for row in table for loss in row[:-1]]
+        mean = math.fsum(of_all) / len(of_all)  # rounded once: the order does not count
+        return Update(step, mean, found if applied else math.inf, learning_rate, applied, stop)
+
+    return read

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from fastgpt_kernels import FusedAdamW
-from fastgpt_kernels.optim import OptimBackend
+from fastgpt_kernels.optim_arguments import OptimBackend
 from torch import Tensor
 
 from fastgpt.config import KernelsConfig, TrainConfig

@@ -1,6 +1,5 @@
 """One process, no DeepSpeed: the plain form of an update, which the other engine is held to."""
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import RankBatch
-from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.base import Pending, dropout_seed, told
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.cuda_graph import CudaGraphs, GraphedMicroStep, Recorder
+from fastgpt.engine.evaluating import Evaluating
 from fastgpt.engine.main_gradients import MainGradients
 from fastgpt.engine.micro_step import MicroStep
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
@@ -22,7 +22,6 @@ from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Fragment, Progress, check_parameters, read_state, restored_scale, write_state
-from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values, initialise
 
@@ -69,7 +68,7 @@ class SingleProcess:
             recorder = CudaGraphs()
         if recorder is not None:
             self._micro_step = GraphedMicroStep(plain, self._weights, recorder)
-        self._sampler: CachedLogits | None = None
+        self._evaluating = Evaluating(self._model, config.model, DTYPES[precision], device)
 
     @property
     def phases(self) -> Phases:
@@ -99,32 +98,21 @@ class SingleProcess:
             norm = grad_norm(self._gradients.all(), backend=optimizer_backend(self._config.kernels)) / scale
             set_learning_rate(self._optimizer, rate)
             self._optimizer.step(gradient_scale=gradient_factor(norm, self._config.train.clip, scale))
-            self._sampler = None
+            self._evaluating.forget()
             if self._scale:
                 self._scale.update(overflow=not norm.isfinite())
             self._gradients.clear()
 
-        def read(step: int = self.step) -> Update:
-            loss, size = global_loss(self.ranks, losses), float(norm)
-            applied = math.isfinite(size)
-            return Update(step, loss, size if applied else math.inf, rate, applied)
-
+        read = told(self.ranks, self.step, losses, norm, rate)
         return Pending(read, done=self._device.type == "cpu" or self._scale is not None)
 
     def outputs(self, arguments: Mapping[str, Tensor], **options: Any) -> Tensor:
         """What the model gives, dropout off."""
-        with torch.no_grad():
-            self._model.eval()
-            given: Tensor = self._model(**{n: t.to(self._device) for n, t in arguments.items()}, **options)
-            return given
+        return self._evaluating.outputs(arguments, **options)
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
-        self._model.eval()
-        if self._sampler is None:
-            dtype = next(iter(self._weights.values())).dtype
-            self._sampler = CachedLogits(self._model, self._config.model, dtype=dtype, device=self._device)
-        return self._sampler(tokens).float().cpu()
+        return self._evaluating.last_logits(tokens)
 
     def model_state(self) -> dict[str, Tensor]:
         """The working weights by name, on the CPU."""
@@ -143,7 +131,7 @@ class SingleProcess:
         self.step = progress.step
         if self._scale:
             self._scale = restored_scale(progress)
-        self._sampler = None
+        self._evaluating.forget()
         if self._low:
             self._round_masters()
 

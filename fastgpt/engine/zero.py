@@ -16,21 +16,21 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import MicroBatch, RankBatch
-from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.engine.base import Pending, dropout_seed, told
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.deepspeed_schema import Key, check_further_keys
 from fastgpt.engine.deepspeed_settings import deepspeed_settings, our_settings
+from fastgpt.engine.evaluating import Evaluating
 from fastgpt.engine.layouts import PlainLayout, layout_of
 from fastgpt.engine.micro_step import arguments_of
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
 from fastgpt.engine.phases import Phases, unobserved
-from fastgpt.engine.precision import DTYPES, LossScale
+from fastgpt.engine.precision import DTYPES, LossScale, told_of_divergence
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
 from fastgpt.engine.swap_folder import SwapFolder
 from fastgpt.errors import SharedError, UserError
-from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values, initialise
 
@@ -85,14 +85,14 @@ class DeepSpeedZero:
                 model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         self._layout = layout_of(self._engine.optimizer, self._stage, self._weights, ranks)
-        self._sampler: CachedLogits | None = None
+        self._evaluating = Evaluating(self._engine, config.model, DTYPES[precision], device)
 
     def update(self, batch: RankBatch) -> Pending:
         """Begin one update from this rank's micro-batches."""
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
         set_learning_rate(self._layout.optimizer, rate)
-        self._sampler = None
+        self._evaluating.forget()
         skipped = self._engine.skipped_steps
         losses: list[Tensor] = []
         self._engine.train()
@@ -104,31 +104,20 @@ class DeepSpeedZero:
             losses.append(self._accumulate(part, index))
         with self.phases("optimizer"):
             norm = self._clip() if isinstance(self._layout, PlainLayout) else None
-            self._engine.step()
+            with told_of_divergence():
+                self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm() if self._engine.skipped_steps == skipped else math.inf
-
-        def read(step: int = self.step) -> Update:
-            loss, size = global_loss(self.ranks, losses), float(norm)
-            applied = math.isfinite(size)
-            return Update(step, loss, size if applied else math.inf, rate, applied)
-
+        read = told(self.ranks, self.step, losses, norm, rate)
         return Pending(read, done=self._device.type == "cpu")
 
     def outputs(self, arguments: Mapping[str, Tensor], **options: Any) -> Tensor:
         """What the model gives, dropout off."""
-        with torch.no_grad():
-            self._engine.eval()
-            given: Tensor = self._engine(**{n: t.to(self._device) for n, t in arguments.items()}, **options)
-            return given
+        return self._evaluating.outputs(arguments, **options)
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
-        self._engine.eval()
-        if self._sampler is None:
-            dtype = DTYPES[self._precision]
-            self._sampler = CachedLogits(self._engine, self._config.model, dtype=dtype, device=self._device)
-        return self._sampler(tokens).float().cpu()
+        return self._evaluating.last_logits(tokens)
 
     def model_state(self) -> dict[str, Tensor] | None:
         """The working weights by name on rank 0's CPU, gathered one at a time."""
@@ -153,7 +142,7 @@ class DeepSpeedZero:
         if self._precision == "fp16":
             self._layout.set_loss_scale(restored_scale(progress))
         self._layout.refresh_weights()
-        self._sampler = None
+        self._evaluating.forget()
 
     def _build(self, build: Callable[[], GPT], values: InitialValues, deepspeed: Any, settings: dict[str, Any]) -> GPT:
         """The model with its initial values, at stage 3 sharded as each module is made."""

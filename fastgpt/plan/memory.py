@@ -53,9 +53,22 @@ def needed(config: Config, layout: Layout) -> Memory:
     return max(moments(config, layout).values(), key=lambda memory: memory.total)
 
 
-def fits(memory: Memory, capacity: int) -> bool:
-    """Whether a GPU of so many bytes has room for it, beside what its libraries and its allocator take."""
-    return memory.total * (1 + FRAGMENTATION) + RESERVE <= capacity
+def fits(memory: Memory, capacity: int, beside: int = 0) -> bool:
+    """Whether a GPU of so many bytes has room for it and so many beside, with what its libraries and allocator take."""
+    return (memory.total + beside) * (1 + FRAGMENTATION) + RESERVE <= capacity
+
+
+def beside_the_graph(config: Config, layout: Layout) -> int:
+    """Bytes of a validation where the micro-step is a CUDA graph: its memory is nobody else's, also between updates.
+
+    The logits of a micro-batch, or what is there at once in the forward pass of a block: its stream, a branch, a norm,
+    and the MLP before and after GELU.
+    """
+    if layout.deepspeed or not config.engine.cuda_graph:
+        return 0
+    model, rows, e = config.model, layout.micro_batch_size * config.model.context, layout.element
+    row = rows * model.n_embd * e
+    return max(sum(logits_and_matrix(model, rows, e).values()) + 2 * row, 11 * row)
 
 
 def moments(config: Config, layout: Layout) -> dict[str, Memory]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoint.files import sync, sync_tree
+from fastgpt.files import sync, sync_tree
 from fastgpt.load import BEST
 
 RESULT = "validation.json"

@@ -23,13 +23,12 @@ from fastgpt.load import save_model
 from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
 from fastgpt.ramp import batch_tokens, micro_batches
-from fastgpt.settings import Places
 from fastgpt.sizes import flops_per_token, parameter_count
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.corpus import prepare_corpus
 from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.evaluation import Evaluation
-from fastgpt.train.folder import Plan, RunLock, agreed_plan, keep_resolved, newest_checkpoint, save_config
+from fastgpt.train.folder import RunLock, keep_resolved, newest_checkpoint, save_config, shared_plan
 from fastgpt.train.hardware import peak_flops
 from fastgpt.train.loop import train
 from fastgpt.train.process import as_rank
@@ -38,6 +37,7 @@ from fastgpt.train.saver import Saver
 from fastgpt.train.start import set_up
 from fastgpt.train.summary import summarise
 from fastgpt.train.watchers import FirstUpdate, Guard, Watcher
+from fastgpt.wording import Places
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class _Run:
         self.kind = kind
         self.device = device
         self.display = display_for(ranks.rank)
-        self.plan: Plan[Config] = agreed_plan(ranks, config, must_resume=must_resume)
+        self.plan = shared_plan(ranks, config, must_resume=must_resume)
         self.config = self._resolved(config)
 
     def go(self) -> Path:
@@ -123,7 +123,7 @@ class _Run:
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
         checkpoint = newest_checkpoint(self.ranks, store) if self.plan.resume else None
         if checkpoint and checkpoint.state.get("data") != corpus.fingerprint:
-            raise UserError(
+            raise SharedError(
                 f"data.path: {self.config.data.path} no longer gives the tokens that the run in {folder} was "
                 "trained on: its text, data.text_key, data.tokenizer or data.validation_fraction has changed. "
                 "Restore it, or choose another 'out'"
@@ -175,7 +175,7 @@ class _Run:
         reporter = Reporter(self.display, config.train.steps, flops, peak and peak * self.ranks.world_size)
         watchers: list[Watcher] = [Guard(), recorder, reporter, evaluation, saver]
         if config.engine.compile:
-            watchers.append(FirstUpdate(config.train.batch_tokens))
+            watchers.append(FirstUpdate(batch_tokens(config)))
         try:
             with saver.signals(), prefetch(source.batches(engine.step)) as batches:
                 train(

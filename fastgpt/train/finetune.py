@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint.files import write_atomically
 from fastgpt.checkpoint.store import Checkpoint, CheckpointStore
 from fastgpt.config import Config, ModelConfig, TableConfig
 from fastgpt.data.prefetch import prefetch
@@ -21,6 +20,7 @@ from fastgpt.engine.base import Engine
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import SharedError, UserError, did_you_mean
+from fastgpt.files import write_atomically
 from fastgpt.finetune_config import SPECIAL_TOKENS, FinetuneConfig, engine_config
 from fastgpt.launch import kind_of
 from fastgpt.launchers import find_launch
@@ -36,7 +36,7 @@ from fastgpt.tasks.source import ExampleSource
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.best import best_result, replace_best
 from fastgpt.train.display import Reporter, display_for
-from fastgpt.train.folder import Plan, RunLock, agreed_plan, keep_resolved, newest_checkpoint, save_config
+from fastgpt.train.folder import Plan, RunLock, keep_resolved, newest_checkpoint, save_config, shared_plan
 from fastgpt.train.hardware import peak_flops
 from fastgpt.train.loop import train
 from fastgpt.train.process import as_rank
@@ -138,7 +138,7 @@ class _Run:
         self.updates_per_epoch = source.updates_per_epoch
         self.steps = config.train.epochs * source.updates_per_epoch
         self.source = source
-        self.plan: Plan[FinetuneConfig] = agreed_plan(ranks, config, steps=self.steps, must_resume=must_resume)
+        self.plan: Plan[FinetuneConfig] = shared_plan(ranks, config, steps=self.steps, must_resume=must_resume)
         asked = config.engine.threads
         if self.plan.saved:
             config = keep_resolved(config, self.plan.saved)

@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from fastgpt.checkpoint.files import write_atomically
 from fastgpt.checkpoint.store import Checkpoint, CheckpointStore
 from fastgpt.config import Config, flatten
 from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import UserError
+from fastgpt.files import write_atomically
 from fastgpt.finetune_config import FinetuneConfig
 from fastgpt.settings import dump_config, load_config
 
@@ -42,10 +42,12 @@ _NO_MATTER = (
     "data.cache",
     "data.verify",
     "engine.threads",
+    "engine.cuda_graph",
     "engine.timeout_minutes",
     "engine.reduce_bucket_size",
     "engine.overlap_comm",
     "engine.nvme_folder",
+    "train.activation_checkpointing",
     "train.keep",
     "train.save_every",
 )
@@ -103,12 +105,20 @@ def plan(config: C, *, steps: int | None = None, must_resume: bool = False) -> P
         number += 1
 
 
-def agreed_plan(ranks: Ranks, config: C, *, steps: int | None = None, must_resume: bool) -> Plan[C]:
-    """The plan, made by every rank from the same files before any of them is written to."""
-    ranks.on_first(lambda: bool(plan(config, steps=steps, must_resume=must_resume)))
-    decision = plan(config, steps=steps, must_resume=must_resume)
-    ranks.barrier()
-    return decision
+def shared_plan(ranks: Ranks, config: C, *, steps: int | None = None, must_resume: bool = False) -> Plan[C]:
+    """The plan on every rank; rank 0 makes it, and alone looks at the folder and hashes a finished run's checkpoint.
+
+    Raises:
+        UserError: as `plan` does, on every rank.
+    """
+
+    def work() -> dict[str, Any]:
+        made = plan(config, steps=steps, must_resume=must_resume)
+        return made._asdict() | {"folder": str(made.folder), "saved": made.saved and made.saved.model_dump()}
+
+    found = ranks.on_first(work)
+    saved = found["saved"] and type(config).model_validate(found["saved"])
+    return Plan(**found | {"folder": Path(found["folder"]), "changes": tuple(found["changes"]), "saved": saved})
 
 
 def newest_checkpoint(ranks: Ranks, store: CheckpointStore) -> Checkpoint | None:

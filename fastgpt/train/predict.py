@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from fastgpt_kernels import Backend
 
-from fastgpt.checkpoint.files import write_atomically
 from fastgpt.errors import UserError
+from fastgpt.files import write_atomically
 from fastgpt.task_folder import load_task_model
 from fastgpt.tasks import encode_examples, load_examples
 from fastgpt.tasks.example import Example, Task

@@ -38,7 +38,7 @@ def as_rank(
         raise SharedError(
             f"engine.device: {engine.device} would put all {launch.local_world_size} ranks on one GPU; use cuda"
         )
-    device = resolve_device(engine.device, launch.local_rank)
+    device = resolve_device(engine.device, launch.gpu)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
     if check:
