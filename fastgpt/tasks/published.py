@@ -46,7 +46,7 @@ def copa_items(path: Path, labelled: bool) -> Iterator[Example | UserError]:
     if "<!ENTITY" in text:  # which can grow without bound
         raise UserError(f"{path}: XML that declares entities is not read")
     try:
-        root = ET.fromstring(text.encode())
+        root = ET.fromstring(text)
     except ET.ParseError as problem:
         raise UserError(f"{path}:{problem.position[0]}: not XML: {problem}") from None
     for number, item in enumerate(root.iter("item"), 1):

@@ -209,6 +209,14 @@ def test_copa_is_read_from_xml_and_from_the_json_lines_of_superglue_alike(tmp_pa
     assert from_xml[1][:3] == (("He ran.", "What happened as a RESULT?"), ("One.", "Two."), 0)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "euc-kr", "nonsense"])
+def test_xml_is_read_as_utf_8_whatever_encoding_it_claims(tmp_path: Path, encoding: str) -> None:
+    item = '<item asks-for="cause" most-plausible-alternative="2"><p>Ça va.</p><a1>One.</a1><a2>Two.</a2></item>'
+    xml = f'<?xml version="1.0" encoding="{encoding}"?><copa-corpus>{item}</copa-corpus>'
+    _, examples = load_examples(write(tmp_path / "copa.xml", xml), "copa")
+    assert (examples[0].parts[0], examples[0].place) == ("Ça va.", f"{tmp_path / 'copa.xml'}: item number 1")
+
+
 def test_hellaswag_is_read_from_json_lines_and_from_lines_alike(tmp_path: Path) -> None:
     endings = ["is here.", "is there.", "runs.", "sits."]
     row = {"ind": 4, "activity_label": "Roof", "ctx_a": "A man.", "ctx": "A man. he", "endings": endings, "label": 3}
