@@ -9,6 +9,7 @@ The results file is rewritten after every round: a run cut short loses nothing.
 """
 
 import math
+import re
 import statistics
 import sys
 import time
@@ -79,6 +80,7 @@ def run(
     contenders: str | None = None,
     peer_path: str | None = None,
     rounds: int = ROUNDS,
+    label: str = "",
     one_at_a_time: bool = False,
     **keeping: Any,
 ) -> int:
@@ -90,6 +92,7 @@ def run(
         contenders: names, separated by commas; by default all that the device can run.
         peer_path: nanoGPT's folder.
         rounds: turns of each.
+        label: of letters, digits and hyphens; keeps it beside other measurements of the same file in the results.
         one_at_a_time: one after the other from start to end, for a GPU whose memory does not hold all.
         keeping: the fields of `Keeping`.
 
@@ -101,13 +104,15 @@ def run(
     """
     if rounds < 1:
         raise UserError(f"--rounds must be at least 1, not {rounds}")
+    if not re.fullmatch(r"[a-zA-Z0-9-]*", label):
+        raise UserError(f"--label: {label!r} must be of letters, digits and hyphens")
     kept = Keeping(**keeping)
-    case = case_of(config, overrides, peer_path)
+    case = case_of(config, overrides, peer_path, label)
     names = chosen(contenders, case.job)
     return Session(case, names, rounds, kept.end, one_at_a_time=one_at_a_time).carry_out(kept)
 
 
-def case_of(path: str, overrides: Sequence[str], peer_path: str | None) -> Case:
+def case_of(path: str, overrides: Sequence[str], peer_path: str | None, label: str = "") -> Case:
     """The settings as they are measured: the learning rate constant, so that the first updates change weights."""
     config = load_config(path, overrides)
     tree = config.model_dump()
@@ -126,7 +131,10 @@ def case_of(path: str, overrides: Sequence[str], peer_path: str | None) -> Case:
     scale: Scale = "gpu" if device.type == "cuda" else "cpu"
     if parameter_count(model) < TOY_PARAMETERS:
         scale = "toy"
-    return Case(name, f"step-{stem}", Job(config, device, folder), scale)
+    part = f"step-{stem}"
+    if label:
+        name, part = f"{name}, {label}", f"{part}-{label}"
+    return Case(name, part, Job(config, device, folder), scale)
 
 
 def chosen(asked: str | None, job: Job) -> list[str]:

@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--contenders", metavar="a,b,c", help="who is measured (default: all that the device can run)")
     step.add_argument("--peer-path", metavar="DIR", help="a folder with nanoGPT's model.py, to measure it too")
     step.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
+    step.add_argument("--label", default="", help="keeps it beside other measurements of the same file in the results")
     step.add_argument("--one-at-a-time", action="store_true", help="for a GPU that cannot hold all models at once")
     data = benchmarks.add_parser("data", help="batches from token shards, on one core")
     data.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")

@@ -288,12 +288,19 @@ def test_a_process_that_dies_says_so_and_one_that_is_late_is_not_waited_for():
         os.kill(process.pid, 0)
 
 
+def test_a_label_keeps_measurements_of_a_file_apart(toy):
+    plain, labelled = (step.case_of(str(toy), (), None, label) for label in ("", "zero"))
+    assert (plain.name, plain.part) == ("toy T=32", "step-toy")
+    assert (labelled.name, labelled.part) == ("toy T=32, zero", "step-toy-zero")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--contenders", "our"], "there is no 'our'. Did you mean ours?"),
         (["--contenders", "nanogpt"], "nanogpt needs --peer-path"),
         (["--contenders", ","], "nobody is named"),
+        (["--label", "a b"], "must be of letters, digits and hyphens"),
         (["--peer-path", "."], "--peer-path: . is not a folder with nanoGPT's model.py"),
         (["train.stepz=3"], "train.stepz is not a setting. Did you mean train.steps?"),
         (["--rounds", "0"], "--rounds must be at least 1, not 0"),
