@@ -121,4 +121,6 @@ def section(rows: Iterable[Record]) -> Iterator[str]:
         yield f"{text['name']}, which has {text['tokens']:,}."
         yield from ("", *grid.markdown(updates_of(curves)), "")
         if ours["sample"]:
-            yield from ("What the model wrote at the end:", "", "```", *ours["sample"].splitlines(), "```", "")
+            yield from ("What the model wrote at the end:", "")
+            yield from (f"    {line}".rstrip() for line in ours["sample"].splitlines())
+            yield ""
