@@ -216,7 +216,7 @@ class Peer:
             return float(self.plain_step(tokens[:, :-1], tokens[:, 1:].contiguous()))
 
     def update(self, batch: Batch) -> None:
-        train, micro_batches = self.job.config.train, self.job.config.micro_batches
+        train = self.job.config.train
         self.model.train()
         self.losses = []
         for rows in batch.tokens:
@@ -225,7 +225,7 @@ class Peer:
             with self.phases("forward"), self.context():
                 loss = self.step(tokens[:, :-1], tokens[:, 1:].contiguous())
             with self.phases("backward"):
-                (loss / micro_batches).backward()
+                (loss / len(batch.tokens)).backward()
             self.losses.append(loss.detach())
         with self.phases("optimizer"):
             if train.clip:
@@ -239,7 +239,7 @@ class Peer:
         return tokens.pin_memory().to(self.job.device, non_blocking=True)
 
     def loss(self) -> float:
-        return float(torch.stack(self.losses).float().mean())
+        return float(torch.stack(self.losses).double().mean())
 
 
 def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:

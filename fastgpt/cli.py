@@ -16,7 +16,7 @@ import fastgpt
 from fastgpt.errors import RankLost, SharedError, UserError, did_you_mean
 
 COMMANDS = ("train", "finetune", "predict", "prepare", "generate", "plan", "bench")
-BENCHMARKS = ("step", "scale", "data", "start")
+BENCHMARKS = ("step", "scale", "data", "start", "curves")
 
 EPILOG = """\
 examples:
@@ -140,7 +140,14 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("config", nargs="?", help="a YAML file of settings (default: the quickstart, and a small GPT-2)")
     start.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     start.add_argument("--rounds", type=int, default=5, help="fresh processes of each (default: %(default)s)")
-    for benchmark in (step, scale, data, start):
+    curves = benchmarks.add_parser("curves", help="the loss of a training run on real text, beside plain PyTorch's")
+    curves.add_argument("config", nargs="?", help="a YAML file of settings (default: a small GPT-2)")
+    curves.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    curves.add_argument("--seeds", type=int, default=4, help="further ones of plain PyTorch (default: %(default)s)")
+    curves.add_argument(
+        "--each", type=float, metavar="SECONDS", help="train ours and plain PyTorch for so long at most"
+    )
+    for benchmark in (step, scale, data, start, curves):
         _add_keeping(benchmark)
     return top
 
@@ -350,6 +357,8 @@ def _bench(options: argparse.Namespace) -> int:
             "clone it, and install it with 'pip install -e .'"
         )
     sys.path.insert(0, str(root))
+    if options.benchmark == "curves":  # it trains in this process
+        before_pytorch()
     benchmark = importlib.import_module(f"benchmarks.{options.benchmark}")
     given = {name: value for name, value in vars(options).items() if name not in ("command", "benchmark", "local_rank")}
     code: int = benchmark.run(**given)
