@@ -3,12 +3,14 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from fastgpt_kernels import load_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.config import Config
 from fastgpt.data.source import RandomSource
+from fastgpt.engine.host import to_host
 from fastgpt.engine.single import SingleProcess
 from fastgpt.model.gpt import GPT
 
@@ -46,6 +48,17 @@ def test_to_read_an_update_asks_nothing_of_a_device_that_is_at_work_on_the_next_
     assert [update.step for update in updates] == [1, 2]
     assert all(np.isfinite([update.loss, update.grad_norm]).all() for update in updates)
     assert not asked.names
+
+
+@pytest.mark.gpu
+def test_a_copy_to_the_host_waits_for_no_work_that_is_asked_for_after_it() -> None:
+    read = to_host(torch.full((3,), 7.0, device="cuda"))
+    torch.cuda._sleep(4_000_000_000)  # clock cycles: seconds
+    later = torch.cuda.Event()
+    later.record()
+    assert read().tolist() == [7.0, 7.0, 7.0] and not later.query()
+    torch.cuda.synchronize()
+    assert later.query()
 
 
 def test_an_update_tells_that_a_rank_was_asked_to_stop_before_it_was_begun() -> None:
