@@ -30,6 +30,7 @@ from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.evaluation import Evaluation
 from fastgpt.train.folder import RunLock, keep_resolved, newest_checkpoint, save_config, shared_plan
 from fastgpt.train.hardware import peak_flops
+from fastgpt.train.initial import started_with, with_its_tokenizer
 from fastgpt.train.loop import train
 from fastgpt.train.process import as_rank
 from fastgpt.train.recorder import Recorder
@@ -117,7 +118,7 @@ class _Run:
         if folder != Path(self.config.out):
             log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
 
-        corpus = prepare_corpus(self.config, self.ranks, self.display)
+        corpus = prepare_corpus(with_its_tokenizer(self.config), self.ranks, self.display)
         training = TokenShards.open(corpus.folder, "train", verify=False)
         validation = TokenShards.open(corpus.folder, "validation", verify=False)
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
@@ -130,7 +131,7 @@ class _Run:
             )
 
         source = self._source(training)
-        engine = self._engine()
+        engine = self._engine(resumed=checkpoint is not None)
         if checkpoint:
             engine.read(checkpoint.folder)
             log.info("going on from %s", checkpoint.folder)
@@ -212,9 +213,10 @@ class _Run:
             self.ranks.world_size,
         )
 
-    def _engine(self) -> Engine:
+    def _engine(self, *, resumed: bool) -> Engine:
         config = self.config
         ops = ops_for(config.kernels.backend, self.device)
+        values = None if resumed else started_with(config)
         engine = prepare(
             lambda: GPT(config.model, ops),
             config,
@@ -222,6 +224,7 @@ class _Run:
             precision=config.engine.precision,
             device=self.device,
             ranks=self.ranks,
+            values=values,
         )
         stage = f" ZeRO-{config.engine.zero_stage}{_offloading(config)}" if self.kind == "deepspeed" else ""
         log.info(

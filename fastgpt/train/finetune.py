@@ -149,7 +149,7 @@ class _Run:
                 "vocab_size": self.pretrained.model.vocab_size + (0 if self.pretrained.special else SPECIAL_TOKENS),
             }
         )
-        self.engine_config: Config = engine_config(self.config, self.model, self.steps)
+        self.engine_config: Config = engine_config(self.config, self.model, self.updates_per_epoch)
 
     def go(self) -> Path:
         """Fine-tune to the end."""

@@ -182,6 +182,27 @@ engine: {{threads: 1, precision: fp32}}
     assert all(set(json.loads(row)) == {"place", "prediction"} for row in (tmp_path / "p.jsonl").open())
 
 
+def test_gradual_unfreezing_trains_the_output_layer_first_and_lower_levels_more_slowly(
+    pretrained: Path, settings: Path, tmp_path: Path
+) -> None:
+    words = ["train.unfreeze=gradual", "train.layer_lr_decay=2.6", "train.schedule=slanted", "train.warmup_share=0.1"]
+    words += ["train.min_lr=1e-4", "train.keep=5", "task.pooling=concat", f"out={tmp_path / 'run'}"]
+    assert main(["finetune", str(pretrained), str(settings), *words]) == 0
+    source, _ = fastgpt.load_model(pretrained)
+    start = {name: p.detach() for name, p in source.named_parameters()}
+    folders = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    first, second, third = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    for name, value in start.items():
+        rows = len(value) if name == "token_embedding.weight" else None  # the special tokens are new
+        assert torch.equal(first[name][:rows], value), name
+        top = name.startswith(("blocks.1.", "final_norm"))
+        assert torch.equal(second[name][:rows], value) is not top, name
+        below = name.startswith("blocks.0.")
+        assert torch.equal(third[name][:rows], value) is not (top or below), name
+    heads = [load_file(folder / "model" / "task_head.safetensors")["task_head.weight"] for folder in folders]
+    assert heads[0].shape == (2, 3 * 32) and not torch.equal(heads[0], heads[1])
+
+
 @pytest.mark.distributed
 def test_two_ranks_fine_tune_as_one_process_does(
     run: Path, pretrained: Path, settings: Path, tmp_path: Path, command: Command
