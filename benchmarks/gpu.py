@@ -90,7 +90,7 @@ def parts_for(scale: str, contenders: str | None, peer_path: str | None = None) 
     pytest = (sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short")
     pytest += ("-p", "benchmarks.lines", "--lines", LINES, "--until", UNTIL)
     if scale == "gpu":
-        parity = ("tests/kernels", "tests/model", "-m", "gpu and not slow", "-n", str(PARITY_WORKERS))
+        parity = ("tests/kernels", "tests/model", "tests/engine", "-m", "gpu and not slow", "-n", str(PARITY_WORKERS))
         parity += ("--dist", "worksteal")
     else:
         parity = ("tests/kernels/test_grad_norm.py", "-n", "0")

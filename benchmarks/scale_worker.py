@@ -157,12 +157,12 @@ class Worker:
         import torch
 
         from fastgpt.data.source import RandomSource
+        from fastgpt.engine.base import evaluation_loss
 
         model, train = self.config.model, self.config.train
         source = RandomSource(model.vocab_size, model.context, train.micro_batch_size, 1, train.seed)
         tokens = torch.from_numpy(next(source.batches(0)).tokens[0, :1])
-        summed: float = self.engine.evaluation_loss(tokens[:, :-1], tokens[:, 1:])
-        return summed / model.context
+        return evaluation_loss(self.engine, tokens[:, :-1], tokens[:, 1:]) / model.context
 
     def check(self, first: float) -> None:
         """Updates on one batch, and the memory of the second."""

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from fastgpt_kernels import FusedAdamW
-from fastgpt_kernels.optim import OptimBackend
+from fastgpt_kernels.optim_arguments import OptimBackend
 from torch import Tensor
 
 from fastgpt.config import KernelsConfig, TrainConfig
 from fastgpt.model.init import decays
+from fastgpt.model.levels import levels
 
 
 def adam(
@@ -22,6 +23,8 @@ def adam(
 ) -> FusedAdamW:
     """AdamW or GPT-1's own Adam (`train.optimizer`), with decay on matrices and tables only.
 
+    Under `train.layer_lr_decay` each level of the model is a group of its own, whose `rate_scale` multiplies the rate.
+
     Args:
         parameters: what is to be updated, by parameter name.
         shapes: the whole shape of each parameter, which a sharded tensor does not show.
@@ -29,11 +32,13 @@ def adam(
         kernels: whose backend updates.
         working: pairs of a parameter and its copy in 16 bits, which each update brings in line.
     """
+    scales = rate_scales(parameters, train.layer_lr_decay)
     groups: list[dict[str, Any]] = []
-    for decay, weight_decay in ((True, train.weight_decay), (False, 0.0)):
-        members = [p for name, p in parameters.items() if decays(shapes[name]) is decay]
-        if members:
-            groups.append({"params": members, "weight_decay": weight_decay})
+    for scale in dict.fromkeys(scales.values()):
+        for decay, weight_decay in ((True, train.weight_decay), (False, 0.0)):
+            members = [p for name, p in parameters.items() if scales[name] == scale and decays(shapes[name]) is decay]
+            if members:
+                groups.append({"params": members, "weight_decay": weight_decay, "rate_scale": scale})
     return FusedAdamW(
         groups,
         lr=train.lr,
@@ -50,10 +55,20 @@ def optimizer_backend(kernels: KernelsConfig) -> OptimBackend:
     return "auto" if kernels.backend in ("auto", "triton") else "torch"
 
 
+def rate_scales(names: Iterable[str], decay: float) -> dict[str, float]:
+    """What the rate of each parameter is multiplied by: 1 at the top, `decay` times less at each level below.
+
+    The discriminative fine-tuning of Howard and Ruder 2018, section 3.2.
+    """
+    heights = levels(names)
+    top = max(heights.values())
+    return {name: decay ** (height - top) for name, height in heights.items()}
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate of the coming update."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"]
 
 
 def updates_applied(optimizer: torch.optim.Optimizer) -> int:

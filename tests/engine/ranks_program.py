@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters as COUNTERS
 
 from fastgpt.config import Config
 from fastgpt.data.source import RandomSource
-from fastgpt.engine.base import Engine
+from fastgpt.engine.base import Engine, evaluation_loss
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
@@ -74,8 +74,8 @@ def fingerprints(engine: Engine) -> dict[str, str] | None:
     }
 
 
-def sharded_settings(config: Config, precision: str, world_size: int) -> dict[str, Any]:
-    ours = deepspeed_settings(config, precision, world_size)
+def sharded_settings(config: Config, precision: str, world_size: int, **more: Any) -> dict[str, Any]:
+    ours = deepspeed_settings(config, precision, world_size, **more)
     return ours | {"zero_optimization": ours["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
 
 
@@ -102,7 +102,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         put(engine, Path(scenario["copy"]), ranks)
         shapes = {name: tuple(p.shape) for name, p in GPT(config.model, load_ops("torch")).named_parameters()}
         changed = differing(*(state_in(Path(scenario[key]), shapes) for key in ("read", "copy")))
-    first = engine.evaluation_loss(probe, probe)
+    first = evaluation_loss(engine, probe, probe)
     start = fingerprints(engine)
     before = engine.last_logits(probe[:, :7])
     source = RandomSource(
@@ -127,7 +127,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "micro_batches": [micro_batches(config).of(update["step"]) for update in updates],
         "loss_gradients": gradients,
         "first_forward": first,
-        "last_forward": engine.evaluation_loss(probe, probe),
+        "last_forward": evaluation_loss(engine, probe, probe),
         "sampling_moved": (after - before).abs().max().item(),
         "sampling_errors": [(a - b).abs().max().item() for a, b in ((after, shorter), (continued, longer))],
         "end": fingerprints(engine),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import Batch, ShardSource
-from fastgpt.engine.base import Engine
+from fastgpt.engine.base import Engine, evaluation_loss
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.precision import DTYPES
 from fastgpt.engine.prepare import prepare
@@ -132,7 +132,7 @@ def forward(model_or_engine: Any) -> float:
     if isinstance(model_or_engine, GPT):
         with torch.no_grad():
             return float(model_or_engine.eval()(probe, targets=probe, reduction="sum"))
-    return float(model_or_engine.evaluation_loss(probe, probe))
+    return evaluation_loss(model_or_engine, probe, probe)
 
 
 def plain_model(layout: Layout, masters: dict[str, Tensor]) -> GPT:

@@ -87,6 +87,9 @@ def results(
             {**third, "name": f"zero3-{precision}-sharded", "sharded": True},
             {**third, "name": f"zero3-{precision}-recomputed", "sharded": True, "overrides": recomputed},
         ]
+    offloaded = {"engine.offload_optimizer": "cpu", "engine.offload_parameters": "cpu", **recomputed}
+    deepspeed.append({**third, "name": "zero3-bf16-offloaded", "sharded": True, "overrides": offloaded})
+    deepspeed.append({**deepspeed[-1], "name": "zero3-fp32-offloaded", "precision": "fp32"})
     go(pair, deepspeed)
     back = [
         {
@@ -217,6 +220,14 @@ def test_recomputed_activations_change_no_bit(results: Results) -> None:
     assert results["single-recomputed"]["updates"] == results["single-fp32"]["updates"]
     for precision in PRECISIONS:
         assert results[f"zero3-{precision}-recomputed"]["updates"] == results[f"zero3-{precision}"]["updates"]
+
+
+def test_what_is_offloaded_changes_no_loss_but_by_rounding(results: Results) -> None:
+    """With activation checkpointing, and no parameter kept gathered; all other cases are in test_offload.py."""
+    assert largest_difference(results["zero3-fp32"], results["zero3-fp32-offloaded"], "loss") <= 1e-5
+    assert largest_difference(results["single-fp32"], results["zero3-fp32-offloaded"], "loss") <= 1e-5
+    rounding = largest_difference(results["single-fp32"], results["single-bf16"], "loss")
+    assert largest_difference(results["zero3-bf16"], results["zero3-bf16-offloaded"], "loss") <= 2 * rounding
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
