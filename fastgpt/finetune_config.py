@@ -10,7 +10,6 @@ from fastgpt.config import (
     EngineConfig,
     KernelsConfig,
     ModelConfig,
-    NotNegative,
     Positive,
     Probability,
     Section,
@@ -94,7 +93,7 @@ class FinetuneTrainConfig(Section):
     """Updates between two validations; null validates after every epoch."""
     save_every: Positive | None = None
     """Updates between two checkpoints; null saves after every epoch."""
-    keep: NotNegative = 1
+    keep: Positive = 1
     """Checkpoints kept, beside the best model."""
 
 

@@ -16,9 +16,9 @@ from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.errors import SharedError, UserError
+from fastgpt.errors import SharedError
 from fastgpt.launch import engine_kind
-from fastgpt.launchers import Launch, find_launch
+from fastgpt.launchers import find_launch
 from fastgpt.load import save_model
 from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
@@ -32,7 +32,7 @@ from fastgpt.train.folder import RunLock, keep_resolved, newest_checkpoint, save
 from fastgpt.train.hardware import peak_flops
 from fastgpt.train.initial import started_with, with_its_tokenizer
 from fastgpt.train.loop import train
-from fastgpt.train.process import as_rank
+from fastgpt.train.process import as_rank, check_deepspeed_keys
 from fastgpt.train.recorder import Recorder
 from fastgpt.train.saver import Saver
 from fastgpt.train.start import set_up
@@ -68,24 +68,8 @@ def run(config: Config, *, must_resume: bool = False, places: Places | None = No
         kind,
         launch,
         lambda device, ranks: _Run(config, kind, device, ranks, must_resume=must_resume).go(),
-        check=lambda device, launch: _check_keys(config, kind, device, launch, places or Places()),
+        check=lambda device, launch: check_deepspeed_keys(config, kind, device, launch.local_rank, places or Places()),
     )
-
-
-def _check_keys(
-    config: Config, kind: Literal["single", "deepspeed"], device: torch.device, launch: Launch, places: Places
-) -> None:
-    """Check `engine.deepspeed` where it counts; every rank finds the same."""
-    if kind == "single":
-        if config.engine.deepspeed:
-            log.warning("engine.deepspeed is not used: this run is a single process without DeepSpeed")
-        return
-    from fastgpt.engine.zero import check_deepspeed
-
-    try:
-        check_deepspeed(config, device, launch.local_rank, places.of)
-    except UserError as problem:
-        raise SharedError(str(problem)) from None
 
 
 class _Run:

@@ -122,6 +122,8 @@ def test_a_run_goes_on_bit_for_bit(step: int, run: Path, pretrained: Path, setti
             shutil.rmtree(checkpoint)
     (again / "checkpoints" / "latest").write_text(f"step-{step:08d}")
     (again / "summary.json").unlink()
+    with (again / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "spl')  # as a crash leaves it
     words = [f"task.test={settings.parent / 'validation.jsonl'}", "train.keep=5", "--resume"]
     assert main(["finetune", str(pretrained), str(settings), f"out={again}", *words]) == 0
     timed = ("tokens_per_second", "examples_per_second")
@@ -230,6 +232,10 @@ MISTAKES = {
     "more examples than there are": (["task.examples=1000"], "1000 are asked for, and there are 170"),
     "more blocks than there are": (["task.transfer_blocks=3"], "has 2 blocks; 3 of them cannot be transferred"),
     "compiled blocks": (["engine.compile=true"], "engine.compile is for training on text"),
+    "a key of DeepSpeed's": (
+        ["engine.kind=deepspeed", "engine.deepspeed.gradient_cliping=1"],
+        "engine.deepspeed.gradient_cliping",
+    ),
     "a floor above the peak": (["train.min_lr=1"], "train.min_lr must be at most train.lr"),
 }
 
