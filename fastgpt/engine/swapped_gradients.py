@@ -1,11 +1,11 @@
 """Gradients of masters that lie on a disk stay in memory, where they are already.
 
-DeepSpeed 0.19 writes each gradient of 1 MiB or more to the disk, and reads it back to its place behind the others of the
-sub-group. Where that is no multiple of 512 bytes, which direct access asks for, what arrives is not what was written,
-and nothing says so: a model that trains right on one rank, by the luck of even sizes, trains on noise on two.
+DeepSpeed 0.19 writes each gradient of 1 MiB or more to the disk, and reads it back to its place behind the others of
+the sub-group. Where that is no multiple of 512 bytes, which direct access asks for, what arrives is not what was
+written, and nothing says so: a model that trains right on one rank, by the luck of even sizes, trains on noise on two.
 
-Stage 3 keeps the fp32 sums of all gradients in one buffer in the host's memory whatever is written, so that the way over
-the disk saves nothing: the swapper is handed views of that buffer, as it has them for gradients below 1 MiB.
+Stage 3 keeps the fp32 sums of all gradients in one buffer in the host's memory whatever is written, so that the way
+over the disk saves nothing: the swapper is handed views of that buffer, as it has them for gradients below 1 MiB.
 """
 
 from collections.abc import Sequence
