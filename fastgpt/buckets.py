@@ -22,6 +22,10 @@ SWAPPED_PARTS = 8
 LARGEST_PART = 100_000_000
 # a disk is read and written in pieces of at least 1 MiB; DeepSpeed keeps in memory what is smaller
 SMALLEST_PART = 2**20
+# weights gathered at a time, each of which holds a buffer: four matrices of two blocks, two tables, and some to spare
+SWAPPED_WEIGHTS = 12
+# elements of 8 KiB in 16 bits, of which disks with direct access want multiples
+EVEN = 4096
 
 
 def reduced(config: Config) -> int:
@@ -66,4 +70,5 @@ def swapped(model: ModelConfig, ranks: int) -> int:
 
 def swapped_weight(model: ModelConfig, ranks: int) -> int:
     """Elements of a buffer through which one weight's part comes from a disk: those of the largest."""
-    return max(SMALLEST_PART, -(-largest_matrix(model) // ranks))
+    own = -(-largest_matrix(model) // ranks)
+    return max(SMALLEST_PART, -(-own // EVEN) * EVEN)

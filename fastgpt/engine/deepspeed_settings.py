@@ -99,5 +99,8 @@ def _zero(config: Config, world_size: int, nvme_folder: str | None) -> dict[str,
         zero["offload_param"] |= {
             "nvme_path": nvme_folder,
             "buffer_size": buckets.swapped_weight(model, world_size),
+            "buffer_count": buckets.SWAPPED_WEIGHTS,
         }
+        # DeepSpeed 0.19 reads a weight ahead twice where it is used twice, as the token table is, and stops there
+        zero["stage3_prefetch_bucket_size"] = 0
     return zero

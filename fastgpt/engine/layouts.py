@@ -18,6 +18,7 @@ from fastgpt.engine.one_pass import in_one_pass
 from fastgpt.engine.precision import LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.state import Fragment
+from fastgpt.engine.swapped_gradients import keep_gradients_in_memory
 
 
 class Layout(Protocol):
@@ -171,6 +172,8 @@ class ShardedLayout:
         self._wrapper = wrapper
         self._names = names
         self._rank = ranks.rank
+        if wrapper.swap_optimizer:
+            keep_gradients_in_memory(wrapper)
 
     def fragments(self, *, to_fill: bool = False) -> Iterator[Fragment]:
         """This rank's part of every parameter, without the padding."""

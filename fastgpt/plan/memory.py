@@ -26,8 +26,8 @@ FRAGMENTATION = 0.04
 REDUCED_AT_STAGE_1 = 500_000_000
 # elements of weights that DeepSpeed keeps in the host's memory although they have a place on a disk (max_in_cpu)
 KEPT_OF_A_DISK = 10**9
-# buffers between a disk and memory: of a part of the optimizer's state and its gradient; of weights
-STATE_BUFFERS, WEIGHT_BUFFERS = 4, 5
+# buffers between a disk and memory: of a part of the optimizer's state and its gradient
+STATE_BUFFERS = 4
 # columns of logits in 16 bits come in multiples of this (fastgpt_kernels/torch_ops/logits.py)
 LOGITS_MULTIPLE = 128
 
@@ -258,5 +258,5 @@ def host_memory(config: Config, layout: Layout) -> int:
     if layout.offload.parameters == "cpu":
         total += own * e
     elif layout.offload.parameters == "nvme":
-        total += (min(own, KEPT_OF_A_DISK) + buckets.swapped_weight(model, layout.gpus) * WEIGHT_BUFFERS) * e
+        total += (min(own, KEPT_OF_A_DISK) + buckets.swapped_weight(model, layout.gpus) * buckets.SWAPPED_WEIGHTS) * e
     return total

@@ -233,8 +233,8 @@ def collectives(config: Config, layout: Layout) -> list[Collective]:
 def offload_seconds(config: Config, layout: Layout, interconnect: Interconnect) -> float:
     """What the host adds: gradients down, its AdamW, weights up; and with parameters there, those of each pass.
 
-    Through a disk go masters and moments both ways, and gradients there and back: 32 bytes; and the weights of each
-    pass, beyond those that the host keeps.
+    Through a disk go masters and moments both ways, 24 bytes; and the weights of each pass, beyond those that the host
+    keeps.
     """
     own, e = parameter_count(config.model) / layout.gpus, layout.element
     disk = interconnect.disk / min(layout.gpus, interconnect.per_node)
@@ -242,7 +242,7 @@ def offload_seconds(config: Config, layout: Layout, interconnect: Interconnect) 
     if layout.offload.optimizer != "none":
         seconds += own * (4 + e) / HOST_LINK + own * ADAMW_BYTES / HOST_BANDWIDTH
     if layout.offload.optimizer == "nvme":
-        seconds += own * 32 / disk
+        seconds += own * 24 / disk
     if layout.offload.parameters != "none":
         seconds += 2 * layout.accumulation * own * e / HOST_LINK
     if layout.offload.parameters == "nvme":

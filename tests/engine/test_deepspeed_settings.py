@@ -75,10 +75,15 @@ def test_deepspeed_knows_every_key_that_we_write(stage: int, optimizer: str, par
             "nvme",
             "nvme",
             {
-                # an eighth of this rank's share of 124,439,808 parameters, or 1 MiB; the token table over 8 ranks
+                # an eighth of this rank's share of 124,439,808 parameters; the token table over 8 ranks, in 4,096s
                 "offload_optimizer": {"device": "nvme", "nvme_path": "/fast"},
                 "sub_group_size": 1_944_372,
-                "offload_param": {"device": "nvme", "nvme_path": "/fast", "buffer_size": 4_824_672},
+                "offload_param": {
+                    "device": "nvme",
+                    "nvme_path": "/fast",
+                    "buffer_size": 4_825_088,
+                    "buffer_count": 12,
+                },
             },
         ),
     ],
@@ -87,6 +92,15 @@ def test_what_is_offloaded_where(stage: int, optimizer: str, parameters: str, wr
     zero = deepspeed_settings(offloading(stage, optimizer, parameters), "bf16", 8)["zero_optimization"]
     keys = ("offload_optimizer", "offload_param", "sub_group_size")
     assert {key: zero[key] for key in keys if key in zero} == written
+
+
+def test_weights_on_a_disk_are_not_read_ahead() -> None:
+    """DeepSpeed would read one that is used twice into two buffers, and stop."""
+    ahead = [
+        deepspeed_settings(offloading(3, "none", where), "bf16", 8)["zero_optimization"]["stage3_prefetch_bucket_size"]
+        for where in ("none", "cpu", "nvme")
+    ]
+    assert ahead == [50_000_000, 50_000_000, 0]
 
 
 def test_a_rank_swaps_in_its_own_folder() -> None:
@@ -122,6 +136,7 @@ def test_every_key_that_we_write_is_refused_to_the_user_or_is_free_to_tune() -> 
         "zero_optimization.stage3_max_live_parameters",
         "zero_optimization.stage3_max_reuse_distance",
         "zero_optimization.sub_group_size",
+        "zero_optimization.offload_param.buffer_count",
         "zero_optimization.offload_param.buffer_size",
     }
     written = set()

@@ -35,7 +35,7 @@ def test_a_machine_without_libaio_is_told_what_to_install(tmp_path: Path) -> Non
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     asked = config("zero_stage=3", "offload_parameters=nvme", f"nvme_folder={tmp_path / 'nothing'}")
-    with pytest.raises(SharedError, match=r"engine.nvme_folder: .*nothing cannot be used: No such file or directory"):
+    with pytest.raises(SharedError, match=r"engine\.nvme_folder: .*nothing cannot be used: No such file or directory"):
         _swap_folder(asked, deepspeed(has_libaio=True), Ranks())
 
 
