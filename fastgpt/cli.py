@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a YAML file of settings")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     train.add_argument("--resume", action="store_true", help="refuse to start anew where there is no checkpoint")
+    train.add_argument("--init", metavar="MODEL", help="a run or a model folder to start from: train.init=MODEL")
 
     finetune = commands.add_parser("finetune", help="train a pre-trained model to do a task")
     finetune.add_argument("pretrained", metavar="model", help="a run, a checkpoint, or a Hugging Face folder")
@@ -234,7 +235,8 @@ def _train(options: argparse.Namespace) -> int:
     from fastgpt.settings import load_config_with_places
 
     try:
-        config, places = load_config_with_places(options.config, options.overrides)
+        words = [] if options.init is None else [f"train.init={options.init}"]
+        config, places = load_config_with_places(options.config, [*options.overrides, *words])
         engine_kind(config, find_launch())
     except UserError as problem:
         raise SharedError(str(problem)) from None
@@ -262,17 +264,17 @@ def _carry_out(run: Callable[[], Path]) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     from fastgpt.finetune_config import FinetuneConfig
-    from fastgpt.settings import load_config
+    from fastgpt.settings import load_config_with_places
 
     try:
         words = [f"pretrained={options.pretrained}", *options.overrides]
-        config = load_config(options.config, words, kind=FinetuneConfig)
+        config, places = load_config_with_places(options.config, words, kind=FinetuneConfig)
     except UserError as problem:
         raise SharedError(str(problem)) from None
 
     from fastgpt.train.finetune import run
 
-    return _carry_out(lambda: run(config, must_resume=options.resume))
+    return _carry_out(lambda: run(config, must_resume=options.resume, places=places))
 
 
 def _predict(options: argparse.Namespace) -> int:
