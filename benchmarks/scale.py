@@ -304,11 +304,10 @@ class Session(session.Session):
         return [line for each in self.layouts for line in self.lines_of(each)]
 
     def lines_of(self, each: Layout) -> Iterator[Record]:
-        """The lines of a layout."""
+        """The lines of a layout; what was measured before it failed is among them, unless its numbers are wrong."""
         if each.outcome:
-            mode = next(iter(each.modes))
+            mode = next((mode for mode in each.modes if mode not in each.seconds), next(iter(each.modes)))
             yield self.common(each, mode) | {"outcome": each.outcome, "reason": each.reason or ""}
-            return
         for mode, seconds in each.seconds.items():
             config = each.batch(mode)
             tokens = config.train.batch_tokens

@@ -267,8 +267,13 @@ def test_time_that_is_over_leaves_what_was_measured(toy, told):
             ("single", 1): [*MEASURED, *turns(1.0), TimeIsOver()],
             ("zero1", 1): [OPENED, TimeIsOver()],
             ("zero2", 1): [OPENED, ContenderFailed("rank 0 ended with signal 9")],
+            ("zero2", 2): [*MEASURED, *turns(1.0), ContenderFailed("rank 1 ended with signal 9")],
         }
     )
+    late = session_of(toy, ["zero2"], [2])
+    assert [(line["direction"], line["outcome"]) for line in late.lines()] == [
+        ("weak, 2 ranks", "failed"), ("strong, 2 ranks", "passed"),
+    ]  # fmt: skip
     found = session_of(toy, ["single", "zero1", "zero2"], [1])
     part = results.part_of(found.lines())
     assert part["counts"] == {"passed": 1, results.NO_TIME: 1, "failed": 1}
