@@ -68,10 +68,11 @@ STEP_SETTINGS = {
 }  # fmt: skip
 # one engine beside ZeRO's stages on one rank: share of the time, file of settings, further ones, and who is measured
 SCALES = {
-    "scale-gpt2-124m": (0.25, "gpt2-124m", (), "single,single-no-graph,zero0,zero1,zero2,zero3"),
-    "scale-fp16": (0.15, "gpt2-124m", ("engine.precision=fp16",), "single-no-graph,zero0,zero1,zero2,zero3"),
-    "scale-gpt2-355m": (0.2, "gpt2-355m", (), "single-no-graph,zero1,zero2,zero3"),
-    "scale-gpt2-1558m": (0.4, "gpt2-1558m", (), "single-no-graph,zero1,zero2,zero3"),
+    "scale-gpt2-124m": (0.22, "gpt2-124m", (), "single,single-no-graph,zero0,zero1,zero2,zero3"),
+    "scale-gpt2-1558m": (0.28, "gpt2-1558m", (), "single-no-graph,zero1,zero3"),
+    "scale-offload": (0.22, "gpt2-1558m", ("engine.offload_optimizer=cpu",), "zero2,zero3"),
+    "scale-fp16": (0.13, "gpt2-124m", ("engine.precision=fp16",), "single-no-graph,zero0,zero1,zero2,zero3"),
+    "scale-gpt2-355m": (0.15, "gpt2-355m", (), "single-no-graph,zero1,zero2,zero3"),
 }
 STEPS_ON_A_CPU = ("gpt2-124m", "gpt1-117m")
 PEERS_OF_A_PATH = {"gpu": "nanogpt-bf16-compile", "cpu": "nanogpt,nanogpt-bf16", "toy": "nanogpt"}

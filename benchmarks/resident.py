@@ -13,7 +13,8 @@ from torch import Tensor
 def resident_bytes(engine: Any) -> dict[str, int]:
     """Bytes of this rank's weights, and of its masters and moments: of either engine, at any ZeRO stage.
 
-    In fp32 weights can be the masters themselves: they count as weights.
+    In fp32 weights can be the masters themselves: they count as weights. `host` is what of both lies in the host's
+    memory although the engine computes on a GPU.
     """
     weights = [p.data for p in engine._weights.values()]
     # of a parameter that ZeRO-3 has sharded, this rank's part; gathered, it has the whole as well
@@ -24,18 +25,20 @@ def resident_bytes(engine: Any) -> dict[str, int]:
     masters = {id(piece.master): piece.master for piece in fragments}.values()
     moments = [value for master in masters for value in optimizer.state[master].values() if isinstance(value, Tensor)]
     held = storages(weights)
-    others = storages([*masters, *moments])
+    others = {key: size for key, size in storages([*masters, *moments]).items() if key not in held}
+    where = engine._device.type
     return {
-        "weights": sum(held.values()),
-        "optimizer": sum(size for address, size in others.items() if address not in held),
+        "weights": sum(size for (device, _), size in held.items() if device == where),
+        "optimizer": sum(size for (device, _), size in others.items() if device == where),
+        "host": sum(size for (device, _), size in [*held.items(), *others.items()] if device != where),
     }
 
 
-def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes by address: views of one tensor have it in common."""
-    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    found.pop(0, None)  # what was freed
-    return found
+def storages(tensors: Iterable[Tensor]) -> dict[tuple[str, int], int]:
+    """Bytes by kind of device and address: views of one tensor have it in common."""
+    kept = [(tensor.device.type, tensor.untyped_storage()) for tensor in tensors]
+    # what was freed has no address
+    return {(device, storage.data_ptr()): storage.nbytes() for device, storage in kept if storage.data_ptr()}
 
 
 def resident_set() -> tuple[int, int]:

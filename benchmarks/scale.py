@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from benchmarks import environment, gpu, session
 from benchmarks.contenders import Unavailable
@@ -113,7 +114,7 @@ def run(
         raise UserError(f"--rounds must be at least 1, not {rounds}")
     kept = Keeping(**keeping)
     case = case_of(config, overrides)
-    return Session(case, chosen_engines(engines), chosen_ranks(ranks, case), rounds, kept.end).carry_out(kept)
+    return Session(case, chosen_engines(engines, case), chosen_ranks(ranks, case), rounds, kept.end).carry_out(kept)
 
 
 def case_of(path: str, overrides: Sequence[str]) -> Case:
@@ -128,6 +129,7 @@ def case_of(path: str, overrides: Sequence[str]) -> Case:
         *(["dropout"] if model.dropout else []),
         *([precision] if precision in ("fp16", "fp32") else []),
         *(["recomputed"] if train.activation_checkpointing else []),
+        *(["offload"] if config.engine.offloads else []),
     ]
     on_gpu = resolve_device(config.engine.device).type == "cuda"
     scale: Scale = "gpu" if on_gpu else "cpu"
@@ -143,18 +145,29 @@ def case_of(path: str, overrides: Sequence[str]) -> Case:
     )
 
 
-def chosen_engines(asked: str | None) -> list[str]:
+def chosen_engines(asked: str | None, case: Case) -> list[str]:
     """Names, the single engine first."""
     if asked is None:
-        return [name for name in ENGINES if name != "single-no-graph"]
+        return [name for name in ENGINES if name != "single-no-graph" and against(name, case) is None]
     names = words_of(asked)
     for name in names:
         if name not in ENGINES:
             near = did_you_mean(name, ENGINES) or f" There are {', '.join(ENGINES)}"
             raise UserError(f"--engines: there is no '{name}'.{near}")
+        if problem := against(name, case):
+            raise UserError(f"--engines: {name} cannot be measured with these settings: {problem}")
     if not names:
         raise UserError(f"--engines: nobody is named. There are {', '.join(ENGINES)}")
     return sorted(names, key=list(ENGINES).index)
+
+
+def against(engine: str, case: Case) -> str | None:
+    """Why an engine cannot do what the settings ask for; None where it can."""
+    try:
+        with_engine(case.config, engine)
+    except ValidationError as problem:
+        return problem.errors()[0]["msg"]
+    return None
 
 
 def chosen_ranks(asked: str | None, case: Case) -> list[int]:
@@ -291,11 +304,10 @@ class Session(session.Session):
         return [line for each in self.layouts for line in self.lines_of(each)]
 
     def lines_of(self, each: Layout) -> Iterator[Record]:
-        """The lines of a layout."""
+        """The lines of a layout; what was measured before it failed is among them, unless its numbers are wrong."""
         if each.outcome:
-            mode = next(iter(each.modes))
+            mode = next((mode for mode in each.modes if mode not in each.seconds), next(iter(each.modes)))
             yield self.common(each, mode) | {"outcome": each.outcome, "reason": each.reason or ""}
-            return
         for mode, seconds in each.seconds.items():
             config = each.batch(mode)
             tokens = config.train.batch_tokens

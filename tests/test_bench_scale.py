@@ -267,8 +267,13 @@ def test_time_that_is_over_leaves_what_was_measured(toy, told):
             ("single", 1): [*MEASURED, *turns(1.0), TimeIsOver()],
             ("zero1", 1): [OPENED, TimeIsOver()],
             ("zero2", 1): [OPENED, ContenderFailed("rank 0 ended with signal 9")],
+            ("zero2", 2): [*MEASURED, *turns(1.0), ContenderFailed("rank 1 ended with signal 9")],
         }
     )
+    late = session_of(toy, ["zero2"], [2])
+    assert [(line["direction"], line["outcome"]) for line in late.lines()] == [
+        ("weak, 2 ranks", "failed"), ("strong, 2 ranks", "passed"),
+    ]  # fmt: skip
     found = session_of(toy, ["single", "zero1", "zero2"], [1])
     part = results.part_of(found.lines())
     assert part["counts"] == {"passed": 1, results.NO_TIME: 1, "failed": 1}
@@ -318,6 +323,10 @@ def test_the_tables_show_speed_traffic_memory_and_met_overflows(toy, told):
         (["--ranks", "3"], "--ranks: 4 micro-batches an update cannot be shared by 3 ranks"),
         (["--rounds", "0"], "--rounds must be at least 1, not 0"),
         (["train.stepz=1"], "train.stepz is not a setting"),
+        (
+            ["engine.offload_optimizer=cpu", "--engines", "zero0"],
+            "--engines: zero0 cannot be measured with these settings: needs engine.zero_stage 1, 2 or 3, not 0",
+        ),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_line(toy, capsys, words, message):
@@ -342,14 +351,22 @@ def test_a_rank_that_dies_is_told_of_and_the_others_end(monkeypatch, tmp_path):
     late.close()
 
 
+def test_what_offloads_is_compared_with_one_process_that_does_not(toy):
+    case = scale.case_of(str(toy), ["engine.offload_optimizer=cpu"])
+    assert case.name == "toy N=32 T=32 offload"
+    assert scale.chosen_engines(None, case) == ["single", "zero1", "zero2", "zero3"]
+    found = scale.Session(case, ["single", "zero2"], [1], 1)
+    assert [each.config.engine.offload_optimizer for each in found.layouts] == ["none", "cpu"]
+
+
 def test_the_parts_of_a_gpu_keep_within_their_time_and_name_what_there_is():
     for size in ("gpu", "toy"):
         for part in gpu.scales_for(size):
             words = list(part.command)
             engines = words[words.index("--engines") + 1]
-            assert scale.chosen_engines(engines) == engines.split(",")
             assert gpu.LINES in words and gpu.UNTIL in words
             start = words.index("scale") + 1
             overrides = [word for word in words[start + 1 :] if "=" in word]
-            scale.case_of(str(gpu.ROOT / words[start]), overrides)
+            case = scale.case_of(str(gpu.ROOT / words[start]), overrides)
+            assert scale.chosen_engines(engines, case) == engines.split(",")
     assert json.loads(json.dumps(gpu.SCALES)) and math.isclose(sum(part.share for part in gpu.scales_for("gpu")), 1.0)

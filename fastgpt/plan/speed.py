@@ -204,7 +204,8 @@ def collectives(config: Config, layout: Layout) -> list[Collective]:
 
     Stage 0 reduces in the run's precision. Stages 0 and 1 reduce once an update, 2 and 3 after every backward pass;
     stage 2 all the same by all-reduces, each of a bucket that holds several ranks' parts (DeepSpeed's
-    use_multi_rank_bucket_allreduce), where a reduce-scatter would send half as much.
+    use_multi_rank_bucket_allreduce), where a reduce-scatter would send half as much. Stage 3 gathers the token table
+    twice in each pass, as the embedding's and as the output matrix.
     """
     if layout.gpus == 1 or not layout.deepspeed:
         return []
@@ -224,8 +225,9 @@ def collectives(config: Config, layout: Layout) -> list[Collective]:
                 Collective("all-gather of weights", weights, 1, 1),
             ]
         case _:
+            table = config.model.vocab_size * config.model.n_embd * layout.element
             return [
-                Collective("all-gather of weights, forward and backward", weights, 2 * n, 1),
+                Collective("all-gather of weights, forward and backward", weights + table, 2 * n, 1),
                 Collective("reduce-scatter of gradients", 4 * parameters, n, 1),
             ]
 

@@ -69,15 +69,17 @@ def test_what_is_sent_is_zeros_arithmetic() -> None:
         layout = Layout(gpus, precision, 1, accumulation, stage, Offload(), False, True)  # type: ignore[arg-type]
         return sum(c.volume(gpus) for c in collectives(config, layout)) / parameters / (gpus - 1) * gpus
 
+    # what stage 3 gathers, the token table as the embedding's and again as the output matrix
+    gathered = 1 + config.model.vocab_size * config.model.n_embd / parameters
     # in one width throughout: 2 P elements, and 3 P at stage 3 (ZeRO, section 7)
     assert volume(0, 1, "fp32") == pytest.approx(2 * 4)
-    assert volume(3, 1, "fp32") == pytest.approx(3 * 4)
+    assert volume(3, 1, "fp32") == pytest.approx((1 + 2 * gathered) * 4)
     # and at stage 2, which DeepSpeed reduces to all ranks although each keeps its part only
     assert volume(2, 1, "fp32") == pytest.approx(3 * 4)
     # with 16-bit weights and fp32 gradients
     assert volume(1, 5) == pytest.approx(8 + 2)
     assert volume(2, 5) == pytest.approx(5 * 8 + 2)
-    assert volume(3, 5) == pytest.approx(5 * (4 + 2 * 2))
+    assert volume(3, 5) == pytest.approx(5 * (4 + 2 * 2 * gathered))
 
 
 def test_one_gpu_sends_nothing() -> None:
