@@ -90,6 +90,8 @@ def results(
     offloaded = {"engine.offload_optimizer": "cpu", "engine.offload_parameters": "cpu", **recomputed}
     deepspeed.append({**third, "name": "zero3-bf16-offloaded", "sharded": True, "overrides": offloaded})
     deepspeed.append({**deepspeed[-1], "name": "zero3-fp32-offloaded", "precision": "fp32"})
+    compiled = {"overrides": {"engine.compile": True}, "compiler": "aot_eager"}
+    deepspeed.append({**third, "name": "zero3-bf16-compiled", "sharded": True, **compiled})
     go(pair, deepspeed)
     back = [
         {
@@ -263,22 +265,11 @@ def test_every_loss_is_finite(results: Results) -> None:
     assert all(math.isfinite(u["loss"]) and u["applied"] for r in results.values() for u in r["updates"])
 
 
-def test_a_lock_left_by_a_killed_start_holds_up_nobody(
-    tmp_path: Path, environment: dict[str, str], results: Results
-) -> None:
-    """DeepSpeed's own start on a CPU would compile an operation, and wait for ever for whoever seems to compile it."""
-    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    wanted, written = tmp_path / "scenarios.json", tmp_path / "results.json"
-    scenario = {"name": "one", "kind": "deepspeed", "stage": 1, "precision": "fp32", "steps": 1}
-    wanted.write_text(json.dumps([scenario]))
-    subprocess.run(
-        ["torchrun", "--nproc-per-node", "2", PROGRAM, wanted, written],
-        env=environment | {"TORCH_EXTENSIONS_DIR": str(lock.parents[1])},
-        capture_output=True,
-        timeout=120,
-    )
-    assert json.loads(written.read_text())["one"]["updates"][0]["loss"] == pytest.approx(
-        results["single-fp32"]["updates"][0]["loss"], abs=1e-5
-    )
+def test_two_graphs_update_as_plain_blocks_do_where_parameters_are_gathered(results: Results) -> None:
+    """Stage 3, no parameter kept: a block gathers its own around the graph. Every stage: test_compiled_ranks.py."""
+    plain, ours = results["zero3-bf16-sharded"], results["zero3-bf16-compiled"]
+    # of a pre-LN stack: its first block has no branch to add
+    assert (plain["graphs"], ours["graphs"]) == (0, 2)
+    assert ours["kept_gathered"] == 0
+    assert ours["updates"] == plain["updates"]
+    assert ours["end"] == plain["end"]

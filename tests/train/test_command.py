@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,13 +23,26 @@ Losses = Callable[[Path], dict[tuple[int, str], float]]
 FASTGPT = (sys.executable, "-m", "fastgpt")
 
 
+class Finished(NamedTuple):
+    """A run folder, and what the command printed."""
+
+    folder: Path
+    printed: str
+
+
 @pytest.fixture(scope="module")
-def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
-    """A finished fp32 run of one process."""
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory, command: Command) -> Finished:
+    """An fp32 run of one process."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     outcome = command(*FASTGPT, "train", tiny, f"out={folder}", "engine.precision=fp32")
     assert outcome.returncode == 0, outcome.stderr
-    return folder
+    return Finished(folder, outcome.stdout)
+
+
+@pytest.fixture(scope="module")
+def run(finished: Finished) -> Path:
+    """The folder of a finished run."""
+    return finished.folder
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -169,11 +182,10 @@ def test_a_terminal_gets_a_bar(tiny: Path, tmp_path: Path, environment: dict[str
     assert "tokens/s" in text
 
 
-def test_without_a_terminal_there_are_plain_lines(tiny: Path, tmp_path: Path, command: Command) -> None:
-    outcome = command(*FASTGPT, "train", tiny, f"out={tmp_path / 'plain'}", "train.steps=3")
-    assert "step 3/3  loss" in outcome.stdout
-    assert "\x1b" not in outcome.stdout
-    assert "━" not in outcome.stdout
+def test_without_a_terminal_there_are_plain_lines(finished: Finished) -> None:
+    assert "step 12/12  loss" in finished.printed
+    assert "\x1b" not in finished.printed
+    assert "━" not in finished.printed
 
 
 @pytest.mark.parametrize(
@@ -193,7 +205,11 @@ def test_shards_and_text_train_alike(data: str, tiny: Path, tmp_path: Path, run:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage",
+    # the updates of every stage are compared in tests/engine/test_engines.py
+    [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))],
+)
 def test_the_deepspeed_launcher_trains_as_one_process_does(
     stage: int, run: Path, tiny: Path, tmp_path: Path, command: Command, losses: Losses
 ) -> None:

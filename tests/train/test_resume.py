@@ -22,6 +22,15 @@ PRECISION = "engine.precision=bf16"
 SETTINGS = (f"train.steps={STEPS}", "train.save_every=5", "train.eval_every=10", "train.sample_tokens=0", PRECISION)
 
 
+@pytest.fixture(scope="module")
+def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
+    """A run of one process that nobody disturbs."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    outcome = command(*launcher(None), tiny, *SETTINGS, f"out={run}")
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return run
+
+
 def launcher(stage: int | None) -> list[str]:
     alone = [sys.executable, "-m", "fastgpt", "train"]
     pair = ["torchrun", "--nproc-per-node", "2", "-m", "fastgpt", "train"]
@@ -54,31 +63,41 @@ def recorded(run: Path) -> set[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
-    "stage",
+    ("stage", "kills"),
     [
-        None,
-        pytest.param(1, marks=pytest.mark.distributed),
-        pytest.param(3, marks=pytest.mark.distributed),
+        (None, 2),
+        pytest.param(3, 1, marks=pytest.mark.distributed),
+        # also the loss of a node, of a stage 1: test_launching.py
+        pytest.param(1, 2, marks=[pytest.mark.distributed, pytest.mark.slow]),
+        pytest.param(3, 2, marks=[pytest.mark.distributed, pytest.mark.slow]),
     ],
 )
 def test_a_killed_run_ends_as_one_left_alone(
-    stage: int | None, tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
+    stage: int | None,
+    kills: int,
+    tiny: Path,
+    tmp_path: Path,
+    alone: Path,
+    command: Command,
+    losses: Losses,
+    environment: dict[str, str],
 ) -> None:
     words = [*launcher(stage), str(tiny), *SETTINGS, f"engine.zero_stage={stage or 0}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    outcome = command(*words, f"out={whole}")
-    undisturbed = losses(whole)
-    assert (STEPS, "train") in undisturbed, outcome.stderr[-3000:]
+    if stage is None:
+        whole = alone
+    else:
+        outcome = command(*words, f"out={whole}")
+        assert (STEPS, "train") in losses(whole), outcome.stderr[-3000:]
 
     again = [*words, f"out={killed}"]
-    chance = random.Random(time.time_ns())
-    first, second = sorted(chance.sample(range(8, STEPS - 4), 2))
-    print("killed after lines", first, second)
-    kill_at(again, killed / "metrics.jsonl", first, environment)
-    assert (STEPS, "train") not in recorded(killed)
-    kill_at(again, killed / "metrics.jsonl", second, environment)
+    lines = sorted(random.Random(time.time_ns()).sample(range(8, STEPS - 8), kills))
+    print("killed after lines", lines)
+    for number in lines:
+        kill_at(again, killed / "metrics.jsonl", number, environment)
+        assert (STEPS, "train") not in recorded(killed)
     command(*again)
-    assert losses(killed) == undisturbed
+    assert losses(killed) == losses(whole)
 
 
 @pytest.mark.slow
@@ -111,7 +130,7 @@ def test_48_layers_sharded_and_recomputed_end_as_ones_left_alone(
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(
-    tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
+    tiny: Path, tmp_path: Path, alone: Path, command: Command, losses: Losses, environment: dict[str, str]
 ) -> None:
     run = tmp_path / "run"
     words = [*launcher(None), str(tiny), *SETTINGS, f"out={run}"]
@@ -123,17 +142,14 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(
     outcome = command(*words)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert f"passing over a damaged checkpoint: {newest}" in outcome.stderr
-    whole = tmp_path / "whole"
-    command(*launcher(None), tiny, *SETTINGS, f"out={whole}")
-    assert losses(run) == losses(whole)
+    assert losses(run) == losses(alone)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
-    tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
+    tiny: Path, tmp_path: Path, alone: Path, command: Command, losses: Losses, environment: dict[str, str]
 ) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    settings = [*SETTINGS, "train.save_every=null"]
-    words = [*launcher(None), str(tiny), *settings, f"out={run}"]
+    run = tmp_path / "run"
+    words = [*launcher(None), str(tiny), *SETTINGS, "train.save_every=null", f"out={run}"]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 7:
@@ -146,5 +162,4 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert "Traceback" not in errors
     outcome = command(*words)
     assert "going on from" in outcome.stderr
-    command(*launcher(None), tiny, *settings, f"out={whole}")
-    assert losses(run) == losses(whole)
+    assert losses(run) == losses(alone)
