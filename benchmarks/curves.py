@@ -234,11 +234,11 @@ class Session(session.Session):
                 torch.cuda.empty_cache()
 
     def train(self, trainer: Trainer, curve: Curve, most: int, common: int) -> None:
-        """Update until `most` updates are done or the time is over; ours is validated where plain was, too."""
+        """Update once, and until `most` are done or the time is over; ours is validated where plain was, too."""
         limited = self.each is not None and curve.name in ("ours", "plain")
         deadline = self.end if limited else time.time() + self.share_of(curve)
         with prefetch(self.batches()) as batches:
-            while len(curve.losses) < most and time.time() < deadline:
+            while not curve.losses or (len(curve.losses) < most and time.time() < deadline):
                 batch = next(batches)
                 start = time.perf_counter()
                 trainer.update(batch)

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a YAML file of settings")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     train.add_argument("--resume", action="store_true", help="refuse to start anew where there is no checkpoint")
+    train.add_argument("--init", metavar="MODEL", help="a run or a model folder to start from: train.init=MODEL")
 
     finetune = commands.add_parser("finetune", help="train a pre-trained model to do a task")
     finetune.add_argument("pretrained", metavar="model", help="a run, a checkpoint, or a Hugging Face folder")

@@ -74,7 +74,8 @@ def _train(options: argparse.Namespace) -> int:
     from fastgpt.settings import load_config_with_places
 
     try:
-        config, places = load_config_with_places(options.config, options.overrides)
+        words = [] if options.init is None else [f"train.init={options.init}"]
+        config, places = load_config_with_places(options.config, [*options.overrides, *words])
         engine_kind(config, find_launch())
     except UserError as problem:
         raise SharedError(str(problem)) from None
@@ -102,17 +103,17 @@ def _carry_out(run: Callable[[], Path]) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     from fastgpt.finetune_config import FinetuneConfig
-    from fastgpt.settings import load_config
+    from fastgpt.settings import load_config_with_places
 
     try:
         words = [f"pretrained={options.pretrained}", *options.overrides]
-        config = load_config(options.config, words, kind=FinetuneConfig)
+        config, places = load_config_with_places(options.config, words, kind=FinetuneConfig)
     except UserError as problem:
         raise SharedError(str(problem)) from None
 
     from fastgpt.train.finetune import run
 
-    return _carry_out(lambda: run(config, must_resume=options.resume))
+    return _carry_out(lambda: run(config, must_resume=options.resume, places=places))
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -134,6 +134,10 @@ class TrainConfig(Section):
     """Largest global gradient norm; null leaves gradients as they are."""
     layer_lr_decay: Annotated[float, Field(ge=1)] = 1.0
     """Each block learns at the rate of the one above it divided by this, the embeddings slowest; ULMFiT has 2.6."""
+    unfreeze_every: Positive | None = None
+    """Updates after which one level more is trained, from the top, at first that alone (ULMFiT); null trains all."""
+    init: Text | None = None
+    """A run or a model folder whose weights, and by default whose tokenizer, are started with."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     activation_checkpointing: bool = False
     """Keep one tensor for each block and compute the rest again in the backward pass: less memory, the same bits."""

@@ -10,7 +10,6 @@ from fastgpt.config import (
     EngineConfig,
     KernelsConfig,
     ModelConfig,
-    NotNegative,
     Positive,
     Probability,
     Section,
@@ -84,6 +83,8 @@ class FinetuneTrainConfig(Section):
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     layer_lr_decay: Annotated[float, Field(ge=1)] = 1.0
     """Each block learns at the rate of what is above it divided by this; ULMFiT has 2.6."""
+    unfreeze: Literal["all", "gradual"] = "all"
+    """`gradual` trains the output layer alone in the first epoch, and one block more in each that follows (ULMFiT)."""
     dropout: Probability = 0.1
     """Of embedding, attention and residual branches."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
@@ -92,7 +93,7 @@ class FinetuneTrainConfig(Section):
     """Updates between two validations; null validates after every epoch."""
     save_every: Positive | None = None
     """Updates between two checkpoints; null saves after every epoch."""
-    keep: NotNegative = 1
+    keep: Positive = 1
     """Checkpoints kept, beside the best model."""
 
 
@@ -133,15 +134,16 @@ class FinetuneConfig(Section):
         return self
 
 
-def engine_config(config: FinetuneConfig, model: ModelConfig, steps: int) -> Config:
+def engine_config(config: FinetuneConfig, model: ModelConfig, updates_per_epoch: int) -> Config:
     """The settings as an engine reads them.
 
     Args:
         config: of the fine-tuning.
         model: of the model that is trained, special tokens included.
-        steps: updates of the whole run.
+        updates_per_epoch: how many an epoch has.
     """
     train = config.train
+    steps = train.epochs * updates_per_epoch
     shares = train.schedule in ("linear", "slanted")
     same = ("lr", "min_lr", "schedule", "optimizer", "weight_decay", "beta1", "beta2", "eps", "clip", "layer_lr_decay")
     return Config(
@@ -155,6 +157,7 @@ def engine_config(config: FinetuneConfig, model: ModelConfig, steps: int) -> Con
             seed=train.seed,
             activation_checkpointing=train.activation_checkpointing,
             warmup_share=train.warmup_share if shares else None,
+            unfreeze_every=updates_per_epoch if train.unfreeze == "gradual" else None,
             warmup_steps=0 if shares else round(train.warmup_share * steps),
             **{name: getattr(train, name) for name in same},
         ),

@@ -222,6 +222,12 @@ def test_time_that_is_over_begins_nothing_and_judges_nothing(scripted):
     assert code == 0 and found["counts"] == {"no time left": 1, "skipped": 5}
 
 
+def test_who_has_begun_updates_once_however_late_it_is(scripted):
+    code, rows, found = scripted(until=0.5)
+    assert code == 0 and rows["plain"]["updates"] == 1
+    assert found["counts"] == {"passed": 1, "no time left": 1, "skipped": 4}
+
+
 def test_plain_pytorch_begins_as_ours_and_has_its_learning_rates(tiny):
     case = curves.case_of(str(tiny), ["engine.precision=bf16"])
     session = curves.Session(case, 2, None)

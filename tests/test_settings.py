@@ -6,13 +6,17 @@ import pytest
 
 from fastgpt.config import Config, TableConfig
 from fastgpt.errors import UserError
+from fastgpt.finetune_config import FinetuneConfig
 from fastgpt.model import parameter_count
 from fastgpt.ramp import batch_tokens
 from fastgpt.schema import describe
 from fastgpt.settings import dump_config, known_settings, load_config, load_config_with_places
+from fastgpt.tasks import DATA_SETS
 from fastgpt.wording import Places
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+TASKS = sorted((FOLDER / "finetune").glob("*.yaml"))
+CONFIGS = [path for path in sorted(FOLDER.glob("**/*.yaml")) if path not in TASKS]
 
 GOOD = """\
 out: runs/x
@@ -339,3 +343,22 @@ def test_micro_batches_count_the_whole_update(good: Path) -> None:
 def test_a_setting_of_several_types_names_them_all(setting: str, words: str) -> None:
     field = TableConfig.model_fields[setting]
     assert describe(field.annotation, field.metadata) == words
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_every_shipped_task_is_read(path: Path) -> None:
+    config = load_config(path, kind=FinetuneConfig)
+    assert config.task.data in {None, *DATA_SETS}
+    assert load_config(path, ["train.lr=1e-3"], kind=FinetuneConfig).train.lr == 1e-3
+    with pytest.raises(UserError, match=r"train\.epoch is not a setting. Did you mean train\.epochs\?"):
+        load_config(path, ["train.epoch=2"], kind=FinetuneConfig)
+
+
+def test_the_defaults_of_fine_tuning_are_those_of_gpt1(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text("out: x\npretrained: y\ntask: {data: sst2, train: z}\n")
+    config = load_config(tmp_path / "task.yaml", kind=FinetuneConfig)
+    train, task = config.train, config.task
+    assert (train.epochs, train.batch_size, train.lr, train.warmup_share) == (3, 32, 6.25e-5, 0.002)
+    assert (train.schedule, train.optimizer, train.weight_decay, train.clip) == ("linear", "gpt1", 0.01, 1.0)
+    assert (train.beta1, train.beta2, train.eps) == (0.9, 0.999, 1e-8)
+    assert (task.lm_weight, task.dropout, train.dropout, task.transfer_blocks) == (0.5, 0.1, 0.1, None)

@@ -24,6 +24,7 @@ class MicroStep:
         self.model = model
         self.gradients = gradients
         self.device = device
+        self.frozen_levels = 0  # of the coming update
         self._checkpoint_activations = checkpoint_activations
 
     def start_update(self) -> None:
@@ -50,6 +51,7 @@ class MicroStep:
                 dropout_seed=seed,
                 checkpoint_activations=self._checkpoint_activations,
                 loss_gradient=factor,
+                frozen_levels=self.frozen_levels,
             )
         with self.phases("backward"):
             (loss * factor).backward()  # type: ignore[no-untyped-call]

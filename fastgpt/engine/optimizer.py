@@ -23,7 +23,8 @@ def adam(
 ) -> FusedAdamW:
     """AdamW or GPT-1's own Adam (`train.optimizer`), with decay on matrices and tables only.
 
-    Under `train.layer_lr_decay` each level of the model is a group of its own, whose `rate_scale` multiplies the rate.
+    Where levels of the model are trained unlike (`train.layer_lr_decay`, `train.unfreeze_every`) each is a group of its
+    own, whose rate is the update's times `rate_scale`, or 0 as long as its `level` is frozen.
 
     Args:
         parameters: what is to be updated, by parameter name.
@@ -32,13 +33,20 @@ def adam(
         kernels: whose backend updates.
         working: pairs of a parameter and its copy in 16 bits, which each update brings in line.
     """
-    scales = rate_scales(parameters, train.layer_lr_decay)
+    heights = levels(parameters)
+    alike = train.layer_lr_decay == 1 and train.unfreeze_every is None
+    top = max(heights.values())
     groups: list[dict[str, Any]] = []
-    for scale in dict.fromkeys(scales.values()):
+    for level in [top] if alike else range(top + 1):
         for decay, weight_decay in ((True, train.weight_decay), (False, 0.0)):
-            members = [p for name, p in parameters.items() if scales[name] == scale and decays(shapes[name]) is decay]
+            members = [
+                p
+                for name, p in parameters.items()
+                if (alike or heights[name] == level) and decays(shapes[name]) is decay
+            ]
             if members:
-                groups.append({"params": members, "weight_decay": weight_decay, "rate_scale": scale})
+                scale = train.layer_lr_decay ** (level - top)
+                groups.append({"params": members, "weight_decay": weight_decay, "level": level, "rate_scale": scale})
     return FusedAdamW(
         groups,
         lr=train.lr,
@@ -55,20 +63,10 @@ def optimizer_backend(kernels: KernelsConfig) -> OptimBackend:
     return "auto" if kernels.backend in ("auto", "triton") else "torch"
 
 
-def rate_scales(names: Iterable[str], decay: float) -> dict[str, float]:
-    """What the rate of each parameter is multiplied by: 1 at the top, `decay` times less at each level below.
-
-    The discriminative fine-tuning of Howard and Ruder 2018, section 3.2.
-    """
-    heights = levels(names)
-    top = max(heights.values())
-    return {name: decay ** (height - top) for name, height in heights.items()}
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, frozen_levels: int = 0) -> None:
     """Give every parameter group the learning rate of the coming update."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_scale"]
+        group["lr"] = rate * group["rate_scale"] if group["level"] >= frozen_levels else 0.0
 
 
 def updates_applied(optimizer: torch.optim.Optimizer) -> int:

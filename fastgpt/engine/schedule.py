@@ -37,6 +37,17 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def frozen_levels(step: int, train: TrainConfig, levels: int) -> int:
+    """How many of a model's levels, from the bottom, update `step` leaves as they are.
+
+    The gradual unfreezing of "Universal Language Model Fine-tuning for Text Classification", section 3.3: at first the
+    highest level alone is trained, and one more after every `unfreeze_every` updates.
+    """
+    if train.unfreeze_every is None:
+        return 0
+    return max(0, levels - 1 - (step - 1) // train.unfreeze_every)
+
+
 def _triangle(done: int, train: TrainConfig) -> float:
     """`linear` and `slanted`, after so many updates."""
     warm = train.warmup_steps if train.warmup_share is None else train.warmup_share * train.steps

@@ -20,10 +20,11 @@ from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, s
 from fastgpt.engine.phases import Phases
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
-from fastgpt.engine.schedule import learning_rate
+from fastgpt.engine.schedule import frozen_levels, learning_rate
 from fastgpt.engine.state import Fragment, Progress, check_parameters, read_state, restored_scale, write_state
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values, initialise
+from fastgpt.model.levels import number_of_levels
 
 
 class SingleProcess:
@@ -48,6 +49,7 @@ class SingleProcess:
         if config.engine.compile:
             compile_blocks(self._model.blocks)
         self._weights = dict(self._model.named_parameters())
+        self._levels = number_of_levels(self._weights)
         self._low = precision != "fp32"
         # the master starts from the rounded weight, as it does under DeepSpeed
         self._masters = (
@@ -63,8 +65,10 @@ class SingleProcess:
         plain = MicroStep(
             self._model, self._gradients, device, checkpoint_activations=config.train.activation_checkpointing
         )
+        self._plain = plain
         self._micro_step: MicroStep | GraphedMicroStep = plain
-        if recorder is None and device.type == "cuda" and config.engine.cuda_graph:
+        unchanging = config.train.unfreeze_every is None  # what is differentiated, as a graph needs it
+        if recorder is None and device.type == "cuda" and config.engine.cuda_graph and unchanging:
             recorder = CudaGraphs()
         if recorder is not None:
             self._micro_step = GraphedMicroStep(plain, self._weights, recorder)
@@ -89,6 +93,8 @@ class SingleProcess:
         rate = learning_rate(self.step, self._config.train)
         scale = self._scale.scale if self._scale else 1.0
         factor = scale / len(batch.micro_batches)  # which a ramp of the batch changes
+        frozen = frozen_levels(self.step, self._config.train, self._levels)
+        self._plain.frozen_levels = frozen
         self._micro_step.start_update()
         losses = [
             self._micro_step(part, dropout_seed(self._config, self.step, index), factor)
@@ -96,7 +102,7 @@ class SingleProcess:
         ]
         with self.phases("optimizer"):
             norm = grad_norm(self._gradients.all(), backend=optimizer_backend(self._config.kernels)) / scale
-            set_learning_rate(self._optimizer, rate)
+            set_learning_rate(self._optimizer, rate, frozen)
             self._optimizer.step(gradient_scale=gradient_factor(norm, self._config.train.clip, scale))
             self._evaluating.forget()
             if self._scale:

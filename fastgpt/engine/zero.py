@@ -27,12 +27,13 @@ from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, s
 from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.engine.precision import DTYPES, LossScale, told_of_divergence
 from fastgpt.engine.ranks import Ranks
-from fastgpt.engine.schedule import learning_rate
+from fastgpt.engine.schedule import frozen_levels, learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
 from fastgpt.engine.swap_folder import SwapFolder
 from fastgpt.errors import SharedError, UserError
 from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values, initialise
+from fastgpt.model.levels import number_of_levels
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ class DeepSpeedZero:
         """Begin one update from this rank's micro-batches."""
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
-        set_learning_rate(self._layout.optimizer, rate)
+        self._frozen_levels = frozen_levels(self.step, self._config.train, number_of_levels(self._weights))
+        set_learning_rate(self._layout.optimizer, rate, self._frozen_levels)
         self._evaluating.forget()
         skipped = self._engine.skipped_steps
         losses: list[Tensor] = []
@@ -175,6 +177,7 @@ class DeepSpeedZero:
                 dropout_seed=dropout_seed(self._config, self.step, micro_batch),
                 checkpoint_activations=self._config.train.activation_checkpointing,
                 loss_gradient=self._loss_gradient(),
+                frozen_levels=self._frozen_levels,
             )
         with self.phases("backward"):
             self._engine.backward(loss)

@@ -10,6 +10,7 @@ from fastgpt.errors import UserError
 from fastgpt.model.block import PostNormBlock, PreNormBlock
 from fastgpt.model.cache import KeyValueCache
 from fastgpt.model.dropout import Site, dropout_seeds, masks_of_layers
+from fastgpt.model.frozen import frozen
 from fastgpt.model.heads import language_model_loss
 from fastgpt.model.layers import AddLayerNorm, NoNorm, PositionEmbedding, TableEmbedding, TiedEmbedding
 from fastgpt.model.recompute import recomputed
@@ -52,6 +53,7 @@ class GPT(nn.Module):
         cache: KeyValueCache | None = None,
         last_only: bool = False,
         loss_gradient: float | Tensor | None = None,
+        frozen_levels: int = 0,
     ) -> Tensor:
         """Logits of the token that follows each position, or how well they tell the targets.
 
@@ -66,6 +68,7 @@ class GPT(nn.Module):
             last_only: compute the logits of the last position only.
             loss_gradient: what the caller will multiply the loss by before its backward pass, a number or one float32;
                 not needed, but known in advance it saves a pass over the logits.
+            frozen_levels: of `fastgpt.model.levels`, from the bottom, whose gradients are to be zeros.
 
         Returns:
             (B, T, V), or (B, V) with `last_only`, in the dtype of the parameters. With targets the loss in nats, in
@@ -77,9 +80,14 @@ class GPT(nn.Module):
                 of a cache.
         """
         p, seeds = self._dropout(dropout_seed, tokens.device)
-        x = self.hidden(tokens, dropout_seed=seeds, checkpoint_activations=checkpoint_activations, cache=cache)
-        seed = None if seeds is None else seeds[0, Site.EMBEDDING]
-        logits: Tensor = self.token_embedding(x[:, -1] if last_only else x, p=p, seed=seed)
+        x = self.hidden(
+            tokens,
+            dropout_seed=seeds,
+            checkpoint_activations=checkpoint_activations,
+            cache=cache,
+            frozen_levels=frozen_levels,
+        )
+        logits = self.logits(x[:, -1] if last_only else x, p, seeds, frozen_levels)
         if targets is None:
             return logits[:, : self.config.vocab_size] if last_only else logits
         # nobody else has these logits: their memory is free to take their gradient
@@ -93,6 +101,7 @@ class GPT(nn.Module):
         dropout_seed: int | Tensor | None = None,
         checkpoint_activations: bool = False,
         cache: KeyValueCache | None = None,
+        frozen_levels: int = 0,
     ) -> Tensor:
         """The final hidden states (B, T, N), which the output matrix turns into logits; arguments as for `forward`."""
         length = tokens.shape[1]
@@ -105,7 +114,9 @@ class GPT(nn.Module):
         caches = cache.layers(length) if cache else [None] * self.config.n_layer
         branch = None
         stream = self._embedded(tokens, start, p, layers[0].seed_at(Site.EMBEDDING))
-        for block, masks, kept in zip(self.blocks, layers, caches, strict=True):
+        for level, (block, masks, kept) in enumerate(zip(self.blocks, layers, caches, strict=True), start=1):
+            if frozen_levels == level:
+                stream, branch = frozen(stream), None if branch is None else frozen(branch)
             if checkpoint_activations:
                 branch, stream = recomputed(block, branch, stream, masks, self.ops, cache=kept)
             else:
@@ -113,7 +124,13 @@ class GPT(nn.Module):
         if cache:
             cache.length += length
         normed: Tensor = self.final_norm(branch, stream, p, layers[-1].seed_at(Site.MLP_OUTPUT))[0]
-        return normed
+        return frozen(normed, when=frozen_levels > self.config.n_layer)
+
+    def logits(self, x: Tensor, p: float, seeds: Tensor | None, frozen_levels: int = 0) -> Tensor:
+        """Hidden states (..., N) -> logits; p and seeds of the masks, which OpenAI's one table has here too."""
+        seed = None if seeds is None else seeds[0, Site.EMBEDDING]
+        found: Tensor = self.token_embedding(x, p=p, seed=seed, frozen_table=frozen_levels > 0)
+        return found
 
     def _embedded(self, tokens: Tensor, start: int, p: float, seed: Tensor | None) -> Tensor:
         if isinstance(self.token_embedding, TableEmbedding):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from fastgpt_kernels import Ops
 from torch import Tensor, nn
 
+from fastgpt.model.frozen import frozen
+
 EPSILON = 1e-5  # of layer normalisation, in GPT-1 and GPT-2
 
 
@@ -69,14 +71,21 @@ class TiedEmbedding(nn.Module):
         self.ops = ops
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+        frozen_table: bool = False,
     ) -> Tensor:
         """Activations (..., width) -> logits (..., rows); with positions (at least T, width), the way in.
 
-        Tokens (B, T) then become dropout(token + position), (B, T, width). On the way out nothing is dropped.
+        Tokens (B, T) then become dropout(token + position), (B, T, width). On the way out nothing is dropped, and where
+        the table is frozen its gradient is zeros.
         """
         if positions is None:
-            return self.ops.logits(x, self.weight)
+            return self.ops.logits(x, frozen(self.weight, when=frozen_table))
         return self.ops.embedding(x, self.weight, positions, dropout_p=p, seed=seed)
 
 
@@ -93,14 +102,22 @@ class TableEmbedding(nn.Module):
         self.tokens = tokens
         self.ops = ops
 
-    def forward(self, x: Tensor, *, start: int | None = None, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        start: int | None = None,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+        frozen_table: bool = False,
+    ) -> Tensor:
         """Activations (..., width) -> logits (..., V + T_max); with `start`, the way in.
 
         Tokens (B, T) at positions from `start` on then become token + position, (B, T, width).
         """
         table = self.ops.dropout(self.weight, p, seed) if p else self.weight
         if start is None:
-            return self.ops.logits(x, table)
+            return self.ops.logits(x, frozen(table, when=frozen_table))
         return self.ops.embedding(x, table[: self.tokens], table[self.tokens + start :])
 
 

@@ -18,3 +18,8 @@ def levels(names: Iterable[str]) -> dict[str, int]:
     last = max(blocks.values(), default=0)
     above = {"final_norm": last, HEAD: last + 1}
     return {name: blocks.get(name, above.get(name.partition(".")[0], 0)) for name in names}
+
+
+def number_of_levels(names: Iterable[str]) -> int:
+    """How many levels a model has, its output layer's included."""
+    return max(levels(names).values()) + 1

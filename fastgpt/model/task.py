@@ -62,6 +62,7 @@ class TaskModel(GPT):
         cache: KeyValueCache | None = None,
         last_only: bool = False,
         loss_gradient: float | Tensor | None = None,
+        frozen_levels: int = 0,
         extract: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
@@ -77,6 +78,7 @@ class TaskModel(GPT):
             cache: as for a GPT.
             last_only: as for a GPT.
             loss_gradient: as for a GPT.
+            frozen_levels: as for a GPT.
             extract: (B, K) int64, where the last token of each sequence stands.
             labels: (B,) int64, classes or choices, or float32, scores; asks for the objective.
 
@@ -98,15 +100,23 @@ class TaskModel(GPT):
                 cache=cache,
                 last_only=last_only,
                 loss_gradient=loss_gradient,
+                frozen_levels=frozen_levels,
             )
-        x = self.hidden(tokens.flatten(0, 1), dropout_seed=dropout_seed, checkpoint_activations=checkpoint_activations)
+        p, seeds = self._dropout(dropout_seed, tokens.device)
+        x = self.hidden(
+            tokens.flatten(0, 1),
+            dropout_seed=seeds,
+            checkpoint_activations=checkpoint_activations,
+            frozen_levels=frozen_levels,
+        )
         scores = self._scores(x, extract, dropout_seed)
         if labels is None:
             return scores
         loss = task_loss(scores, labels, regression=self.shape.regression)
         if self.shape.lm_weight:
             assert targets is not None, "the objective has a language model's part"
-            loss = loss + self.shape.lm_weight * self._language_model_loss(x, targets.flatten(0, 1))
+            logits = self.logits(x, p, seeds, frozen_levels)
+            loss = loss + self.shape.lm_weight * self._language_model_loss(logits, targets.flatten(0, 1))
         return loss
 
     def _scores(self, x: Tensor, extract: Tensor, seed: int | Tensor | None) -> Tensor:
@@ -121,9 +131,8 @@ class TaskModel(GPT):
             return _accurate(self.task_head(pooled).squeeze(-1))
         return _accurate(self.task_head(pooled.sum(1)))
 
-    def _language_model_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def _language_model_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean over sequences of the mean over each one's targets, in nats; targets (B K, T)."""
-        logits = self.token_embedding(x)
         losses = language_model_loss(self.ops, logits, targets, "none", consume=torch.is_grad_enabled())
         counts = (targets != IGNORED).sum(-1).clamp(min=1)
         return (losses.sum(-1) / counts).mean()

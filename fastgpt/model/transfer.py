@@ -45,7 +45,10 @@ def transferred_values(
         if name == TOKENS and len(old) < shape[0]:
             # new rows: those of a model that begins to train, so that they do not depend on how many old ones there are
             new = initial_value(f"new.{name}", (shape[0] - len(old), *shape[1:]), config, seed)
-            return torch.cat([old.to(new.device, new.dtype), new])
+            old = old.to(new.device, new.dtype)
+            # OpenAI's one table has the positions below the tokens
+            tokens = len(old) - (config.context if config.embedding == "table" else 0)
+            return torch.cat([old[:tokens], new, old[tokens:]])
         if tuple(old.shape) != shape:
             raise UserError(f"{name} has shape {tuple(old.shape)} in the pre-trained model, and is to have {shape}")
         return old

@@ -16,9 +16,9 @@ from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.errors import SharedError, UserError
+from fastgpt.errors import SharedError
 from fastgpt.launch import engine_kind
-from fastgpt.launchers import Launch, find_launch
+from fastgpt.launchers import find_launch
 from fastgpt.load import save_model
 from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
@@ -30,8 +30,9 @@ from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.evaluation import Evaluation
 from fastgpt.train.folder import RunLock, keep_resolved, newest_checkpoint, save_config, shared_plan
 from fastgpt.train.hardware import peak_flops
+from fastgpt.train.initial import started_with, with_its_tokenizer
 from fastgpt.train.loop import train
-from fastgpt.train.process import as_rank
+from fastgpt.train.process import as_rank, check_deepspeed_keys
 from fastgpt.train.recorder import Recorder
 from fastgpt.train.saver import Saver
 from fastgpt.train.start import set_up
@@ -67,24 +68,8 @@ def run(config: Config, *, must_resume: bool = False, places: Places | None = No
         kind,
         launch,
         lambda device, ranks: _Run(config, kind, device, ranks, must_resume=must_resume).go(),
-        check=lambda device, launch: _check_keys(config, kind, device, launch, places or Places()),
+        check=lambda device, launch: check_deepspeed_keys(config, kind, device, launch.local_rank, places or Places()),
     )
-
-
-def _check_keys(
-    config: Config, kind: Literal["single", "deepspeed"], device: torch.device, launch: Launch, places: Places
-) -> None:
-    """Check `engine.deepspeed` where it counts; every rank finds the same."""
-    if kind == "single":
-        if config.engine.deepspeed:
-            log.warning("engine.deepspeed is not used: this run is a single process without DeepSpeed")
-        return
-    from fastgpt.engine.zero import check_deepspeed
-
-    try:
-        check_deepspeed(config, device, launch.local_rank, places.of)
-    except UserError as problem:
-        raise SharedError(str(problem)) from None
 
 
 class _Run:
@@ -117,7 +102,7 @@ class _Run:
         if folder != Path(self.config.out):
             log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
 
-        corpus = prepare_corpus(self.config, self.ranks, self.display)
+        corpus = prepare_corpus(with_its_tokenizer(self.config), self.ranks, self.display)
         training = TokenShards.open(corpus.folder, "train", verify=False)
         validation = TokenShards.open(corpus.folder, "validation", verify=False)
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
@@ -130,7 +115,7 @@ class _Run:
             )
 
         source = self._source(training)
-        engine = self._engine()
+        engine = self._engine(resumed=checkpoint is not None)
         if checkpoint:
             engine.read(checkpoint.folder)
             log.info("going on from %s", checkpoint.folder)
@@ -212,9 +197,10 @@ class _Run:
             self.ranks.world_size,
         )
 
-    def _engine(self) -> Engine:
+    def _engine(self, *, resumed: bool) -> Engine:
         config = self.config
         ops = ops_for(config.kernels.backend, self.device)
+        values = None if resumed else started_with(config)
         engine = prepare(
             lambda: GPT(config.model, ops),
             config,
@@ -222,6 +208,7 @@ class _Run:
             precision=config.engine.precision,
             device=self.device,
             ranks=self.ranks,
+            values=values,
         )
         stage = f" ZeRO-{config.engine.zero_stage}{_offloading(config)}" if self.kind == "deepspeed" else ""
         log.info(

@@ -39,13 +39,14 @@ from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.folder import Plan, RunLock, keep_resolved, newest_checkpoint, save_config, shared_plan
 from fastgpt.train.hardware import peak_flops
 from fastgpt.train.loop import train
-from fastgpt.train.process import as_rank
+from fastgpt.train.process import as_rank, check_deepspeed_keys
 from fastgpt.train.recorder import Recorder
 from fastgpt.train.saver import Saver
 from fastgpt.train.scoring import Alone, evaluate, told
 from fastgpt.train.start import set_up
 from fastgpt.train.task_evaluation import TaskEvaluation, best_so_far
 from fastgpt.train.watchers import Guard, Watcher
+from fastgpt.wording import Places
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +82,13 @@ class Examples(NamedTuple):
         return digest.hexdigest()
 
 
-def run(config: FinetuneConfig, *, must_resume: bool = False) -> Path:
+def run(config: FinetuneConfig, *, must_resume: bool = False, places: Places | None = None) -> Path:
     """Fine-tune, or go on with it, as the settings say; every rank calls this.
 
     Args:
         config: the settings.
         must_resume: refuse to start anew.
+        places: where each setting was written, for what is said of it.
 
     Returns:
         The run folder.
@@ -111,7 +113,7 @@ def run(config: FinetuneConfig, *, must_resume: bool = False) -> Path:
         config.engine,
         kind,
         launch,
-        lambda device, ranks: _Run(config, kind, device, ranks, must_resume=must_resume).go(),
+        lambda device, ranks: _Run(config, kind, device, ranks, places or Places(), must_resume=must_resume).go(),
     )
 
 
@@ -124,6 +126,7 @@ class _Run:
         kind: Literal["single", "deepspeed"],
         device: torch.device,
         ranks: Ranks,
+        places: Places,
         *,
         must_resume: bool,
     ) -> None:
@@ -149,7 +152,8 @@ class _Run:
                 "vocab_size": self.pretrained.model.vocab_size + (0 if self.pretrained.special else SPECIAL_TOKENS),
             }
         )
-        self.engine_config: Config = engine_config(self.config, self.model, self.steps)
+        self.engine_config: Config = engine_config(self.config, self.model, self.updates_per_epoch)
+        check_deepspeed_keys(self.engine_config, kind, device, ranks.local_rank, places)
 
     def go(self) -> Path:
         """Fine-tune to the end."""
@@ -159,7 +163,7 @@ class _Run:
             return folder
         if folder != Path(self.config.out):
             log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
-        store = CheckpointStore(folder / "checkpoints", keep=max(1, self.config.train.keep))
+        store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
         checkpoint = newest_checkpoint(self.ranks, store) if self.plan.resume else None
         fingerprint = self.examples.fingerprint()
         if checkpoint and checkpoint.state.get("data") != fingerprint:
@@ -182,8 +186,7 @@ class _Run:
         config, folder, first = self.config, self.plan.folder, self.ranks.rank == 0
         task = self.examples.task
         resume_step = checkpoint.step if checkpoint else None
-        best = best_so_far(folder / "metrics.jsonl", resume_step, task) if resume_step else -math.inf
-        best = self.ranks.broadcast(best if math.isfinite(best) else None)  # JSON has no infinity
+        best = self.ranks.on_first(lambda: best_so_far(folder / "metrics.jsonl", resume_step or 0, task))
         recorder = Recorder(folder if first else None, resume_step=resume_step)
 
         def write_model(target: Path) -> None:
@@ -210,7 +213,7 @@ class _Run:
             record=recorder.write,
             show=self.display.print,
             keep=keep,
-            best=-math.inf if best is None else best,
+            best=-math.inf if best is None else best,  # JSON has no infinity
         )
         saver = Saver(
             engine,

@@ -32,6 +32,7 @@ _FIXED = (
     "model.attention",
     "model.window",
     "train.seed",
+    "train.init",
     "train.batch_tokens",
     "train.batch_ramp_tokens",
     "train.batch_ramp_start",

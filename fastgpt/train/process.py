@@ -1,18 +1,22 @@
 """One process among those of a run: its device, its place among the ranks, and what it is told when one is lost."""
 
+import logging
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
 from fastgpt_kernels import UnsupportedInput
 
-from fastgpt.config import EngineConfig
+from fastgpt.config import Config, EngineConfig
 from fastgpt.engine.lost import told_of_lost_ranks
 from fastgpt.engine.precision import resolve_device
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.errors import SharedError, UserError
 from fastgpt.launchers import ALONE, Launch
 from fastgpt.train.runner import follow_runner
+from fastgpt.wording import Places
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,3 +57,19 @@ def as_rank(
         raise UserError(f"kernels.backend: {' '.join(str(problem).split())}") from problem
     finally:
         leave()
+
+
+def check_deepspeed_keys(
+    config: Config, kind: Literal["single", "deepspeed"], device: torch.device, local_rank: int, places: Places
+) -> None:
+    """Check `engine.deepspeed` where it counts; every rank finds the same."""
+    if kind == "single":
+        if config.engine.deepspeed:
+            log.warning("engine.deepspeed is not used: this run is a single process without DeepSpeed")
+        return
+    from fastgpt.engine.zero import check_deepspeed
+
+    try:
+        check_deepspeed(config, device, local_rank, places.of)
+    except UserError as problem:
+        raise SharedError(str(problem)) from None

@@ -10,6 +10,7 @@ from typing import Any
 from fastgpt.engine.base import Engine
 from fastgpt.tasks.example import Task
 from fastgpt.tasks.transform import Encoded
+from fastgpt.train.metrics import lines_up_to
 from fastgpt.train.scoring import evaluate, told, worth
 from fastgpt.train.watchers import Measured
 
@@ -94,10 +95,9 @@ class TaskEvaluation:
         return record
 
 
-def best_so_far(metrics: Path, step: int, task: Task) -> float:
-    """The best validation of a run that is resumed at `step`, by its `metrics.jsonl`."""
-    if not metrics.is_file():
-        return -math.inf
-    lines = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
-    found = [line for line in lines if line["split"] == "validation" and 0 < line["step"] <= step]
-    return max((worth(line, task) for line in found), default=-math.inf)
+def best_so_far(metrics: Path, step: int, task: Task) -> float | None:
+    """The best validation of a run that is resumed at `step`, by its `metrics.jsonl`; None where there is none yet."""
+    lines = [json.loads(line) for line in lines_up_to(metrics, step)] if metrics.is_file() else []
+    found = [worth(line, task) for line in lines if line["split"] == "validation" and line["step"]]
+    best = max(found, default=-math.inf)
+    return best if math.isfinite(best) else None

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from fastgpt.config import TrainConfig
-from fastgpt.engine.schedule import learning_rate
+from fastgpt.engine.schedule import frozen_levels, learning_rate
 
 
 def train(**settings: object) -> TrainConfig:
@@ -66,3 +66,9 @@ def test_slanted_is_the_triangle_of_ulmfit() -> None:
 def test_no_warm_up_divides_by_nothing(schedule: str) -> None:
     settings = train(schedule=schedule, warmup_steps=0, steps=1)
     assert math.isfinite(learning_rate(1, settings))
+
+
+def test_levels_are_unfrozen_one_by_one_from_the_top() -> None:
+    settings = train(unfreeze_every=3)
+    assert [frozen_levels(step, settings, 4) for step in range(1, 14)] == [3] * 3 + [2] * 3 + [1] * 3 + [0] * 4
+    assert frozen_levels(1, train(), 4) == 0

@@ -8,7 +8,7 @@ from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.model.init import initial_value
-from fastgpt.model.levels import levels
+from fastgpt.model.levels import levels, number_of_levels
 from fastgpt.model.task import TaskModel, TaskShape
 from fastgpt.model.transfer import transferred_values
 
@@ -57,3 +57,43 @@ def test_what_does_not_fit_is_refused(model: GPT) -> None:
         transferred_values(source, model.config, SEED, blocks=3)
     with pytest.raises(UserError, match=r"position_embedding.weight has shape \(13, 21\).*\(14, 21\)"):
         transferred_values(source, model.config, SEED)("position_embedding.weight", (14, 21))
+
+
+def test_new_tokens_come_before_the_positions_of_a_single_table(config_of: Callable[..., ModelConfig]) -> None:
+    config = config_of(norm="post", embedding="table")
+    old = torch.randn(config.vocab_size + config.context, config.n_embd)
+    larger = config.model_copy(update={"vocab_size": config.vocab_size + 3})
+    table = transferred_values({"token_embedding.weight": old}, larger, SEED)(
+        "token_embedding.weight", (config.vocab_size + 3 + config.context, config.n_embd)
+    )
+    assert torch.equal(table[: config.vocab_size], old[: config.vocab_size])
+    assert torch.equal(table[config.vocab_size + 3 :], old[config.vocab_size :])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("frozen", [0, 1, 2, 3])
+def test_frozen_levels_have_zeros_for_gradients_and_the_others_their_own(
+    frozen: int, checkpointed: bool, config_of: Callable[..., ModelConfig], scramble: Callable[[GPT], GPT], norm: str
+) -> None:
+    model = TaskModel(config_of(norm=norm), load_ops("torch"), TaskShape(2))
+    scramble(model)
+    tokens = torch.tensor([[[5, 1, 2, 6]], [[5, 3, 3, 6]]])
+    arguments = {"tokens": tokens, "targets": tokens, "extract": torch.tensor([[3], [3]])}
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    heights = levels(names)
+    assert number_of_levels(names) == 4
+
+    def gradients(levels_frozen: int) -> dict[str, torch.Tensor]:
+        loss = model.eval()(
+            **arguments,
+            labels=torch.tensor([0, 1]),
+            frozen_levels=levels_frozen,
+            checkpoint_activations=checkpointed,
+        )
+        return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+    whole, found = gradients(0), gradients(frozen)
+    for name in names:
+        expected = torch.zeros_like(whole[name]) if heights[name] < frozen else whole[name]
+        assert torch.equal(found[name], expected), name
+        assert whole[name].any(), name

@@ -122,6 +122,8 @@ def test_a_run_goes_on_bit_for_bit(step: int, run: Path, pretrained: Path, setti
             shutil.rmtree(checkpoint)
     (again / "checkpoints" / "latest").write_text(f"step-{step:08d}")
     (again / "summary.json").unlink()
+    with (again / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "spl')  # as a crash leaves it
     words = [f"task.test={settings.parent / 'validation.jsonl'}", "train.keep=5", "--resume"]
     assert main(["finetune", str(pretrained), str(settings), f"out={again}", *words]) == 0
     timed = ("tokens_per_second", "examples_per_second")
@@ -182,6 +184,27 @@ engine: {{threads: 1, precision: fp32}}
     assert all(set(json.loads(row)) == {"place", "prediction"} for row in (tmp_path / "p.jsonl").open())
 
 
+def test_gradual_unfreezing_trains_the_output_layer_first_and_lower_levels_more_slowly(
+    pretrained: Path, settings: Path, tmp_path: Path
+) -> None:
+    words = ["train.unfreeze=gradual", "train.layer_lr_decay=2.6", "train.schedule=slanted", "train.warmup_share=0.1"]
+    words += ["train.min_lr=1e-4", "train.keep=5", "task.pooling=concat", f"out={tmp_path / 'run'}"]
+    assert main(["finetune", str(pretrained), str(settings), *words]) == 0
+    source, _ = fastgpt.load_model(pretrained)
+    start = {name: p.detach() for name, p in source.named_parameters()}
+    folders = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    first, second, third = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    for name, value in start.items():
+        rows = len(value) if name == "token_embedding.weight" else None  # the special tokens are new
+        assert torch.equal(first[name][:rows], value), name
+        top = name.startswith(("blocks.1.", "final_norm"))
+        assert torch.equal(second[name][:rows], value) is not top, name
+        below = name.startswith("blocks.0.")
+        assert torch.equal(third[name][:rows], value) is not (top or below), name
+    heads = [load_file(folder / "model" / "task_head.safetensors")["task_head.weight"] for folder in folders]
+    assert heads[0].shape == (2, 3 * 32) and not torch.equal(heads[0], heads[1])
+
+
 @pytest.mark.distributed
 def test_two_ranks_fine_tune_as_one_process_does(
     run: Path, pretrained: Path, settings: Path, tmp_path: Path, command: Command
@@ -209,6 +232,10 @@ MISTAKES = {
     "more examples than there are": (["task.examples=1000"], "1000 are asked for, and there are 170"),
     "more blocks than there are": (["task.transfer_blocks=3"], "has 2 blocks; 3 of them cannot be transferred"),
     "compiled blocks": (["engine.compile=true"], "engine.compile is for training on text"),
+    "a key of DeepSpeed's": (
+        ["engine.kind=deepspeed", "engine.deepspeed.gradient_cliping=1"],
+        "engine.deepspeed.gradient_cliping",
+    ),
     "a floor above the peak": (["train.min_lr=1"], "train.min_lr must be at most train.lr"),
 }
 

@@ -86,7 +86,10 @@ def test_a_killed_run_ends_as_one_left_alone(
 def test_48_layers_sharded_and_recomputed_end_as_ones_left_alone(
     tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
 ) -> None:
-    """GPT-2's deepest stack, narrow: ZeRO-3 gathers and frees each block, which is computed twice."""
+    """GPT-2's deepest stack, narrow, each block computed twice.
+
+    ZeRO-3 shards masters, moments and gradients; parameters of less than 100,000 elements DeepSpeed keeps gathered.
+    """
     deep = ("model.n_layer=48", "model.n_embd=128", "model.n_head=4", "train.activation_checkpointing=true")
     settings = ("train.steps=9", "train.save_every=2", "train.eval_every=null", "train.eval_tokens=256")
     fewer = ("train.batch_tokens=128", "train.sample_tokens=0", "train.lr=1e-3", "engine.zero_stage=3", PRECISION)
