@@ -12,12 +12,13 @@ import pytest
 import torch
 from fastgpt_kernels import load_ops
 
-import fastgpt.cli
+import fastgpt
 from benchmarks import goals, gpu, report, results, start, step, step_contenders, step_table
 from benchmarks.contenders import Unavailable
 from benchmarks.step_contenders import ABOUT
 from benchmarks.step_models import PlainGPT
 from benchmarks.step_process import ContenderFailed, Process, TimeIsOver
+from fastgpt.arguments import parse
 from fastgpt.cli import main
 from fastgpt.config import ModelConfig
 from fastgpt.data.source import RandomSource
@@ -366,7 +367,7 @@ def test_zero_on_one_rank_is_to_take_at_most_a_twentieth_more_than_the_single_en
 @pytest.mark.parametrize("scale", ["gpu", "cpu", "toy"])
 def test_every_part_of_the_gpus_turn_is_a_command_that_can_be_parsed(scale):
     def options_of(part):
-        return fastgpt.cli._parse([{gpu.LINES: "lines", gpu.UNTIL: "1.0"}.get(word, word) for word in part.command[3:]])
+        return parse([{gpu.LINES: "lines", gpu.UNTIL: "1.0"}.get(word, word) for word in part.command[3:]])
 
     (run,) = start.runs_of(options_of(gpu.start_for(scale)).config, options_of(gpu.start_for(scale)).overrides)
     assert run.name == "quickstart" and (parameter_count(run.config.model) < 1e6) is (scale == "toy")

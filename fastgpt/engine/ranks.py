@@ -131,7 +131,7 @@ def _tell_libraries(launch: Launch) -> None:
         "MASTER_PORT": str(launch.port or _free_port()),
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.world_size),
-        "LOCAL_RANK": str(launch.gpu),  # by which DeepSpeed chooses a GPU
+        "LOCAL_RANK": str(launch.local_rank),
         "LOCAL_WORLD_SIZE": str(launch.local_world_size),
     }
     for variable, value in known.items():

@@ -279,14 +279,22 @@ def _not_about_our_optimizer(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
 
+def _tell_deepspeed_its_device(device: torch.device, local_rank: int) -> None:
+    """In its own variables: it takes the GPU whose number is LOCAL_RANK, which is not the rank's where it sees few."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    else:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # which only a launcher would have set
+
+
 def _import_deepspeed(device: torch.device, local_rank: int) -> Any:
     """DeepSpeed, quiet, and told which accelerator it is on.
 
     Raises:
         UserError: it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # which only a launcher would have set
+    _tell_deepspeed_its_device(device, local_rank)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has renamed: nothing that a user could change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

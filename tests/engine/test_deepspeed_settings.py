@@ -1,13 +1,16 @@
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastgpt.config import Config
 from fastgpt.deepspeed_keys import OWNED, leaves, owner
 from fastgpt.engine.deepspeed_schema import Asked, check_further_keys
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
+from fastgpt.engine.zero import _tell_deepspeed_its_device
 from fastgpt.settings import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -178,3 +181,12 @@ def test_deepspeed_times_nothing_and_moves_gradients_as_they_come() -> None:
 def test_one_rank_reduces_nothing(stage: int, world_size: int, shared: bool) -> None:
     zero = deepspeed_settings(config(stage), "bf16", world_size)["zero_optimization"]
     assert (zero["overlap_comm"], zero["reduce_scatter"]) == (shared, shared)
+
+
+@pytest.mark.parametrize(("device", "found"), [("cuda:0", "0"), ("cuda:2", "2"), ("cpu", "1")])
+def test_deepspeed_takes_the_gpu_of_the_engine(device: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes by LOCAL_RANK, which a launcher counts on the host; a rank may see its own GPU alone."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    _tell_deepspeed_its_device(torch.device(device), local_rank=1)
+    assert os.environ["LOCAL_RANK"] == found
