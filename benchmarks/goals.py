@@ -23,7 +23,7 @@ class Goal(NamedTuple):
     direction: str
     what: str
     needed: float
-    value: Callable[[Row, Row | None], float]
+    value: Callable[[Row, Row | None], float | None]
     other: tuple[str, str] | None = None  # the contender and case that it is compared with
     ours: str = "triton"  # the contender whose goal it is
     at_most: bool = False
@@ -62,6 +62,12 @@ def seconds(row: Row, _: Row | None) -> float:
     return row["median"]
 
 
+def share_of_spread(row: Row, _: Row | None) -> float | None:
+    """The largest difference of two loss curves by the spread of seeds; None where it was not judged."""
+    found: float | None = row["comparison"]["of_spread"] if "comparison" in row else None
+    return found
+
+
 def million_tokens(row: Row, _: Row | None) -> float:
     """Millions of tokens in a second."""
     return row["tokens_per_second"] / 1e6
@@ -77,8 +83,15 @@ def cpu_goals() -> Iterator[Goal]:
     for case in shapes.DATA:
         if case.tokens >= shapes.REAL_BATCH:
             yield Goal("data", case.name, "batch", "million tokens/s", 20.0, million_tokens, ours="prefetch")
-
     yield from start_goals()
+    for precision in ("fp32", "bf16"):
+        yield curves_goal(f"gpt2-small T=128 {precision}")
+
+
+def curves_goal(case: str) -> Goal:
+    """Ours lies on plain PyTorch's curve, as far as seeds of it can tell."""
+    what = "largest share of the seeds' spread"
+    return Goal("curves", case, "train", what, 1.0, share_of_spread, ours="ours", at_most=True)
 
 
 def start_goals() -> Iterator[Goal]:
@@ -88,8 +101,9 @@ def start_goals() -> Iterator[Goal]:
 
 
 def gpu_goals() -> Iterator[Goal]:
-    """Kernels, steps, and the start."""
+    """Kernels, steps, the start, and a real run."""
     yield from start_goals()
+    yield curves_goal("gpt2-124m T=1024 bf16")
     for case in CASES_1024:
         for direction, rate in (("forward", 320.0), ("backward", 230.0)):
             attention = "causal_attention", case, direction

@@ -50,7 +50,7 @@ def prefetched(model: ModelConfig) -> int:
 def live(model: ModelConfig) -> int:
     """Elements that stage 3 holds gathered: two blocks, or one and the token table, and what it gathers ahead."""
     block = block_parameters(model)
-    in_use = max(2 * block, model.vocab_size * model.n_embd + block)
+    in_use = max(2 * block, model.output_rows * model.n_embd + block)
     return min(in_use + prefetched(model), parameter_count(model))
 
 

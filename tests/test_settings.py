@@ -4,13 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.config import Config
+from fastgpt.config import Config, TableConfig
 from fastgpt.errors import UserError
+from fastgpt.finetune_config import FinetuneConfig
 from fastgpt.model import parameter_count
 from fastgpt.ramp import batch_tokens
-from fastgpt.settings import Places, dump_config, known_settings, load_config, load_config_with_places
+from fastgpt.schema import describe
+from fastgpt.settings import dump_config, known_settings, load_config, load_config_with_places
+from fastgpt.tasks import DATA_SETS
+from fastgpt.wording import Places
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+TASKS = sorted((FOLDER / "finetune").glob("*.yaml"))
+CONFIGS = [path for path in sorted(FOLDER.glob("**/*.yaml")) if path not in TASKS]
 
 GOOD = """\
 out: runs/x
@@ -150,6 +156,18 @@ IN_FILE = {
     "a key at the top that belongs in a section": (
         GOOD + "zero_stage: 1\n",
         ":15: zero_stage is not a setting. Did you mean engine.zero_stage?",
+    ),
+    "a key as the command line has it": (
+        GOOD + "engine.threads: 2\n",
+        ":15: engine.threads is written in its section here: 'threads:', indented, under 'engine:'",
+    ),
+    "such a key within its section": (
+        GOOD + "engine:\n  engine.threads: 2\n",
+        ":16: engine.threads is written in its section here: 'threads:', indented, under 'engine:'",
+    ),
+    "a slip in such a key": (
+        GOOD + "train.stepz: 3\n",
+        ":15: train.stepz is not a setting. Did you mean train.steps?",
     ),
     "a slip in a section": (GOOD.replace("train:", "trian:"), "trian is not a setting"),
     "text for a number": (GOOD.replace("steps: 3", "steps: many"), ":11: train.steps must be an integer of at least 1"),
@@ -311,3 +329,36 @@ def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
 def test_micro_batches_count_the_whole_update(good: Path) -> None:
     config: Config = load_config(good, ["train.batch_tokens=128"])
     assert config.micro_batches == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("labels", "a list or a group of keys and values or null"),
+        ("text", "a list"),
+        ("label", "text, not empty or an integer of at least 1 or null"),
+        ("n_choices", "an integer of at least 2 and at most 100 or null"),
+    ],
+)
+def test_a_setting_of_several_types_names_them_all(setting: str, words: str) -> None:
+    field = TableConfig.model_fields[setting]
+    assert describe(field.annotation, field.metadata) == words
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_every_shipped_task_is_read(path: Path) -> None:
+    config = load_config(path, kind=FinetuneConfig)
+    assert config.task.data in {None, *DATA_SETS}
+    assert load_config(path, ["train.lr=1e-3"], kind=FinetuneConfig).train.lr == 1e-3
+    with pytest.raises(UserError, match=r"train\.epoch is not a setting. Did you mean train\.epochs\?"):
+        load_config(path, ["train.epoch=2"], kind=FinetuneConfig)
+
+
+def test_the_defaults_of_fine_tuning_are_those_of_gpt1(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text("out: x\npretrained: y\ntask: {data: sst2, train: z}\n")
+    config = load_config(tmp_path / "task.yaml", kind=FinetuneConfig)
+    train, task = config.train, config.task
+    assert (train.epochs, train.batch_size, train.lr, train.warmup_share) == (3, 32, 6.25e-5, 0.002)
+    assert (train.schedule, train.optimizer, train.weight_decay, train.clip) == ("linear", "gpt1", 0.01, 1.0)
+    assert (train.beta1, train.beta2, train.eps) == (0.9, 0.999, 1e-8)
+    assert (task.lm_weight, task.dropout, train.dropout, task.transfer_blocks) == (0.5, 0.1, 0.1, None)

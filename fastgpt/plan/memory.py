@@ -53,9 +53,22 @@ def needed(config: Config, layout: Layout) -> Memory:
     return max(moments(config, layout).values(), key=lambda memory: memory.total)
 
 
-def fits(memory: Memory, capacity: int) -> bool:
-    """Whether a GPU of so many bytes has room for it, beside what its libraries and its allocator take."""
-    return memory.total * (1 + FRAGMENTATION) + RESERVE <= capacity
+def fits(memory: Memory, capacity: int, beside: int = 0) -> bool:
+    """Whether a GPU of so many bytes has room for it and so many beside, with what its libraries and allocator take."""
+    return (memory.total + beside) * (1 + FRAGMENTATION) + RESERVE <= capacity
+
+
+def beside_the_graph(config: Config, layout: Layout) -> int:
+    """Bytes of a validation where the micro-step is a CUDA graph: its memory is nobody else's, also between updates.
+
+    The logits of a micro-batch, or what is there at once in the forward pass of a block: its stream, a branch, a norm,
+    and the MLP before and after GELU.
+    """
+    if layout.deepspeed or not config.engine.cuda_graph:
+        return 0
+    model, rows, e = config.model, layout.micro_batch_size * config.model.context, layout.element
+    row = rows * model.n_embd * e
+    return max(sum(logits_and_matrix(model, rows, e).values()) + 2 * row, 11 * row)
 
 
 def moments(config: Config, layout: Layout) -> dict[str, Memory]:
@@ -71,7 +84,7 @@ def moments(config: Config, layout: Layout) -> dict[str, Memory]:
     recomputed = block - block_input(model, rows, e) if layout.checkpointing else 0
     through = sum(passing_through_block(model, rows, e).values())
     logits = sum(logits_and_matrix(model, rows, e).values())
-    table = model.vocab_size * model.n_embd * e
+    table = model.output_rows * model.n_embd * e
 
     weights, optimizer = resident_weights(config, layout), resident_optimizer(config, layout)
     buffers = communication_buffers(config, layout)
@@ -141,10 +154,15 @@ def kept_outside(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
 
 
 def logits_and_matrix(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
-    """Logits, in 16 bits with columns of zeros, for which the output matrix is copied into rows of zeros."""
-    columns = -(-model.vocab_size // LOGITS_MULTIPLE) * LOGITS_MULTIPLE
-    if e == FP32 or columns == model.vocab_size:
-        return {"logits": rows * model.vocab_size * e}
+    """Logits, in 16 bits with columns of zeros, for which the output matrix is copied into rows of zeros.
+
+    Without that copy, a table on which dropout acts is kept as it was dropped.
+    """
+    columns = -(-model.output_rows // LOGITS_MULTIPLE) * LOGITS_MULTIPLE
+    if e == FP32 or columns == model.output_rows:
+        dropped = {"dropped table": model.output_rows * model.n_embd * e}
+        kept = dropped if model.embedding == "table" and model.dropout else {}
+        return {"logits": rows * model.output_rows * e, **kept}
     return {"logits": rows * columns * e, "output matrix": columns * model.n_embd * e}
 
 

@@ -7,7 +7,7 @@ from fastgpt.config import Config
 from fastgpt.errors import UserError
 from fastgpt.plan.hardware import Gpu, find_gpu
 from fastgpt.plan.layout import Layout, Offload, as_configured, precision_of, sequences_of
-from fastgpt.plan.memory import Memory, fits, host_memory, needed
+from fastgpt.plan.memory import Memory, beside_the_graph, fits, host_memory, needed
 from fastgpt.plan.speed import CASES, Interconnect, Speed, collectives, speed
 from fastgpt.ramp import batch_tokens
 from fastgpt.sizes import parameter_count
@@ -21,6 +21,8 @@ OFFLOADS = (
     Offload("nvme", "cpu"),
     Offload("nvme", "nvme"),
 )
+# layouts whose speeds differ by less are equals: a higher stage has more collectives, whose latency is left out
+INDIFFERENT = 0.01
 MASTER_AND_MOMENTS = 12  # bytes of a parameter's training state in a checkpoint
 
 
@@ -125,13 +127,17 @@ def make_plan(config: Config, request: Request) -> Plan:
     for offload in OFFLOADS:
         found = [one for one in _fitting(config, request.gpus, gpu, offload) if host_memory(config, one) <= host]
         if found:
+            rates = [speed(config, one, gpu, interconnect, CASES["expected"]).tokens_per_second for one in found]
             # of equals the first: the lower stage, without checkpointing
-            layout = max(
-                found, key=lambda one: speed(config, one, gpu, interconnect, CASES["expected"]).tokens_per_second
-            )
+            layout = next(one for one, rate in zip(found, rates, strict=True) if rate >= max(rates) * (1 - INDIFFERENT))
             return _plan(config, request, gpu, interconnect, layout)
     smallest = _layout(config, request.gpus, 3, OFFLOADS[-1], checkpointing=True, micro=1)
     return _plan(config, request, gpu, interconnect, smallest)
+
+
+def has_room(config: Config, layout: Layout, gpu: Gpu) -> bool:
+    """Whether a layout's updates, and its validations, fit one of these GPUs."""
+    return fits(needed(config, layout), gpu.memory, beside_the_graph(config, layout))
 
 
 def gpus_that_suffice(config: Config, gpu: Gpu, more_than: int) -> int | None:
@@ -151,7 +157,7 @@ def _fitting(config: Config, gpus: int, gpu: Gpu, offload: Offload) -> Iterator[
             share = sequences_of(config, gpus) // gpus
             for micro in (size for size in range(min(share, 65536), 0, -1) if share % size == 0):
                 layout = _layout(config, gpus, stage, offload, checkpointing=checkpointing, micro=micro)
-                if fits(needed(config, layout), gpu.memory):
+                if has_room(config, layout, gpu):
                     yield layout
                     break
 
@@ -176,7 +182,7 @@ def _plan(config: Config, request: Request, gpu: Gpu, interconnect: Interconnect
     speeds = {name: speed(config, layout, gpu, interconnect, case) for name, case in CASES.items()}
     ways = [needed(config, layout._replace(checkpointing=way)) for way in (False, True)]
     host = gpu.host if request.host is None else request.host
-    room = fits(memory, gpu.memory) and host_memory(config, layout) <= host
+    room = has_room(config, layout, gpu) and host_memory(config, layout) <= host
     notes = []
     asked = config.train.batch_tokens
     planned = layout.sequences * config.model.context

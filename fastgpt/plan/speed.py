@@ -132,7 +132,7 @@ def computing_seconds(config: Config, layout: Layout, gpu: Gpu, case: Case) -> d
     forward, backward = (sum(passes(model)[way].values()) for way in ("forward", "backward"))
     width = model.n_embd * rows * e
     between = model.n_layer * width * ((1 + again) * forward + backward) * case.traffic / bandwidth
-    loss = 2 * rows * model.vocab_size * e / bandwidth
+    loss = 2 * rows * model.output_rows * e / bandwidth
     parameters = parameter_count(model)
     added = layout.accumulation > 1 or layout.deepspeed
     accumulate = parameters * ACCUMULATE_BYTES / bandwidth if added and layout.precision != "fp32" else 0.0
@@ -155,7 +155,7 @@ def products(model: ModelConfig, rows: int, again: int = 0) -> Iterator[tuple[in
     """
     n, layers = model.n_embd, model.n_layer
     block = [(n, 3 * n, layers, again), (n, n, layers, again), (n, 4 * n, layers, again), (4 * n, n, layers, again)]
-    for inputs, outputs, times, repeats in [*block, (n, model.vocab_size, 1, 0)]:
+    for inputs, outputs, times, repeats in [*block, (n, model.output_rows, 1, 0)]:
         yield rows, outputs, inputs, times * (1 + repeats)
         yield rows, inputs, outputs, times
         yield outputs, inputs, rows, times
@@ -202,7 +202,9 @@ def passes(model: ModelConfig) -> dict[str, dict[str, int]]:
 def collectives(config: Config, layout: Layout) -> list[Collective]:
     """What an update sends (Rajbhandari et al. 2020, section 7, with gradients in fp32 as fastgpt has them).
 
-    Stage 0 reduces in the run's precision. Stages 0 and 1 reduce once an update, 2 and 3 after every backward pass.
+    Stage 0 reduces in the run's precision. Stages 0 and 1 reduce once an update, 2 and 3 after every backward pass;
+    stage 2 all the same by all-reduces, each of a bucket that holds several ranks' parts (DeepSpeed's
+    use_multi_rank_bucket_allreduce), where a reduce-scatter would send half as much.
     """
     if layout.gpus == 1 or not layout.deepspeed:
         return []
@@ -218,7 +220,7 @@ def collectives(config: Config, layout: Layout) -> list[Collective]:
             ]
         case 2:
             return [
-                Collective("reduce-scatter of gradients", 4 * parameters, n, 1),
+                Collective("all-reduce of gradients", 4 * parameters, n, 2),
                 Collective("all-gather of weights", weights, 1, 1),
             ]
         case _:

@@ -10,7 +10,7 @@ import torch
 from fastgpt.config import Config
 from fastgpt.data.evaluation import covered_bytes, validation_windows
 from fastgpt.data.shards import TokenShards
-from fastgpt.engine.base import Engine
+from fastgpt.engine.base import Engine, evaluation_loss
 from fastgpt.generate import generate
 from fastgpt.model.seeds import fold
 from fastgpt.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ class Evaluation:
             "bytes": length,
         }
         if self._config.train.sample_tokens:
-            result["sample"] = self._sample()
+            result["sample"] = sample_text(self._engine, self._tokenizer, self._config)
         self.results.append(result)
         self._record(result)
         self._show(
@@ -103,26 +103,26 @@ class Evaluation:
             rank=ranks.rank,
             world_size=ranks.world_size,
         ):
-            sums.append(engine.evaluation_loss(torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)))
+            sums.append(evaluation_loss(engine, torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)))
             counts.append(float((batch.targets >= 0).sum()))
         # batches are dealt to the ranks in turn, so the transposed table is the order of the text
         total = ranks.gather_floats(torch.tensor(sums, dtype=torch.float64)).T.reshape(-1)
         predicted = int(ranks.gather_floats(torch.tensor(counts, dtype=torch.float64)).sum())
         return math.fsum(total.tolist()) / predicted, predicted
 
-    def _sample(self) -> str:
-        """Text from the model as it is; every rank computes it, as ZeRO-3's forward pass needs all of them."""
-        train = self._config.train
-        prompt = [self._tokenizer.end_of_text, *self._tokenizer.encode(train.sample_prompt)]
-        tokens = generate(
-            self._engine.last_logits,
-            prompt,
-            steps=train.sample_tokens,
-            context=self._config.model.context,
-            temperature=TEMPERATURE,
-            top_k=min(TOP_K, self._config.model.vocab_size),
-            seed=fold(train.seed, SAMPLE, self._engine.step),
-        )
-        # a vocabulary larger than the tokenizer's has ids that stand for no text
-        known = [t for t in tokens if t < self._tokenizer.vocab_size]
-        return train.sample_prompt + self._tokenizer.decode(known)
+
+def sample_text(engine: Engine, tokenizer: Tokenizer, config: Config) -> str:
+    """Text from the model as it is; every rank computes it, as ZeRO-3's forward pass needs all of them."""
+    train = config.train
+    tokens = generate(
+        engine.last_logits,
+        [tokenizer.end_of_text, *tokenizer.encode(train.sample_prompt)],
+        steps=train.sample_tokens,
+        context=config.model.context,
+        temperature=TEMPERATURE,
+        top_k=min(TOP_K, config.model.vocab_size),
+        seed=fold(train.seed, SAMPLE, engine.step),
+    )
+    # a vocabulary larger than the tokenizer's has ids that stand for no text
+    known = [t for t in tokens if t < tokenizer.vocab_size]
+    return train.sample_prompt + tokenizer.decode(known)

@@ -10,7 +10,8 @@ from fastgpt.config import Config
 from fastgpt.engine.deepspeed_schema import Asked, check_further_keys
 from fastgpt.engine.deepspeed_settings import our_settings
 from fastgpt.errors import UserError
-from fastgpt.settings import Places, load_config_with_places
+from fastgpt.settings import load_config_with_places
+from fastgpt.wording import Places
 
 SMALL = """\
 out: runs/x

@@ -37,6 +37,11 @@ def test_so_it_is_without_accumulation_in_fp32_and_without_dropout(words: str) -
     assert abs(error(settings("gpt2-124m", f"{SHALLOW} engine.precision=bf16 {words}"))) < 0.1
 
 
+@pytest.mark.parametrize("words", ["engine.precision=bf16", "engine.precision=fp32"])
+def test_so_it_is_with_one_table_of_tokens_and_positions(words: str) -> None:
+    assert abs(error(settings("gpt1-117m", f"{SHALLOW} model.embedding=table {words}"))) < 0.1
+
+
 def test_what_stays_between_updates_is_counted_exactly() -> None:
     config = settings("gpt2-124m", f"{SHALLOW} engine.precision=bf16")
     plan = needed(config, as_configured(config, 1))

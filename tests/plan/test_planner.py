@@ -11,8 +11,10 @@ import pytest
 from benchmarks.planning import GPT_2, PAGE, rendered, settings
 from fastgpt.cli import main
 from fastgpt.plan.hardware import GPUS
-from fastgpt.plan.memory import fits, needed
-from fastgpt.plan.planner import Request, make_plan
+from fastgpt.plan.layout import as_configured
+from fastgpt.plan.memory import FRAGMENTATION, RESERVE, fits, needed
+from fastgpt.plan.planner import INDIFFERENT, Request, has_room, make_plan
+from fastgpt.plan.speed import CASES, speed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KEYS = {
@@ -64,6 +66,26 @@ def test_the_chosen_micro_batch_is_the_largest_that_fits(capsys: pytest.CaptureF
         for size in larger:
             layout = plan.layout._replace(micro_batch_size=size, accumulation=share // size)
             assert not fits(needed(config, layout), plan.gpu.memory)
+
+
+@pytest.mark.parametrize(("graph", "gpus", "room"), [("true", 1, False), ("false", 1, True), ("true", 2, True)])
+def test_a_process_alone_has_room_for_a_validation_beside_its_cuda_graph(graph: str, gpus: int, room: bool) -> None:
+    config = settings("gpt2-124m", f"engine.cuda_graph={graph} engine.precision=bf16")
+    layout = as_configured(config, gpus)
+    memory = needed(config, layout)
+    exact = GPUS["h100"]._replace(memory=int(memory.total * (1 + FRAGMENTATION) + RESERVE) + 1)
+    assert has_room(config, layout, exact) is room
+    logits = config.train.micro_batch_size * config.model.context * config.model.vocab_size * 2
+    assert has_room(config, layout, exact._replace(memory=exact.memory + 2 * logits))
+
+
+def test_a_higher_stage_must_be_faster_by_more_than_its_latency_might_cost() -> None:
+    config = settings("gpt2-124m", "")
+    plan = make_plan(config, Request(8, "h100"))
+    sharded = plan.layout._replace(zero_stage=3)
+    assert plan.layout.zero_stage == 1 and fits(needed(config, sharded), plan.gpu.memory)
+    rate = speed(config, sharded, plan.gpu, plan.interconnect, CASES["expected"]).tokens_per_second
+    assert 1 < rate / plan.speeds["expected"].tokens_per_second < 1 + INDIFFERENT
 
 
 @pytest.mark.parametrize(
