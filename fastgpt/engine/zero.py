@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from fastgpt_kernels import grad_norm
 from torch import Tensor
+from torch.utils.cpp_extension import _get_build_directory
 
 from fastgpt.config import Config
 from fastgpt.data.source import MicroBatch, RankBatch
@@ -249,12 +250,21 @@ def _swap_folder(config: Config, deepspeed: Any, ranks: Ranks) -> SwapFolder | N
                 "Install them (Debian: apt install libaio-dev), or offload to cpu"
             )
         folder = SwapFolder(Path(config.engine.nvme_folder))
+        _tell_of_locks()
     except UserError as reason:
         problem = str(reason)
     problems = {one for one in ranks.gather(problem) if one}
     if problems:
         raise SharedError("; ".join(sorted(problems)))
     return folder
+
+
+def _tell_of_locks() -> None:
+    """Name the lock files for which the load of DeepSpeed's asynchronous I/O would wait, in silence and for ever."""
+    for extension in ("pin_memory", "async_io"):
+        lock = Path(_get_build_directory(extension, verbose=False)) / "lock"
+        if lock.exists():
+            log.warning("waiting for whoever compiles DeepSpeed's %s; if nobody does, delete %s", extension, lock)
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

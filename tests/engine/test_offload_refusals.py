@@ -8,7 +8,7 @@ import pytest
 
 from fastgpt.config import Config
 from fastgpt.engine.ranks import Ranks
-from fastgpt.engine.zero import _swap_folder
+from fastgpt.engine.zero import _swap_folder, _tell_of_locks
 from fastgpt.errors import SharedError
 from fastgpt.launch import engine_kind
 from fastgpt.settings import load_config
@@ -37,6 +37,19 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     asked = config("zero_stage=3", "offload_parameters=nvme", f"nvme_folder={tmp_path / 'nothing'}")
     with pytest.raises(SharedError, match=r"engine\.nvme_folder: .*nothing cannot be used: No such file or directory"):
         _swap_folder(asked, deepspeed(has_libaio=True), Ranks())
+
+
+def test_a_lock_that_would_be_waited_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    _tell_of_locks()
+    assert not caplog.records
+    lock = tmp_path / "extensions" / "async_io" / "lock"
+    lock.touch()
+    _tell_of_locks()
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"if nobody does, delete {lock}")
 
 
 def test_nobody_who_asks_for_no_disk_is_asked_for_libaio() -> None:
