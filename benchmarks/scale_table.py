@@ -70,8 +70,9 @@ def heading_of(rows: Sequence[Record]) -> str:
     row = rows[0]
     micro_batches, size, context = row["shapes"][0]
     threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''} a rank"
-    batch = f"{micro_batches} micro-batches of {size} x {context} tokens on one rank"
-    return f"{row['parameters']:,} parameters in {row['dtype']}, {batch}, {threads}, {row['rounds']} rounds"
+    batch = f"an update of {micro_batches} micro-batches of {size} x {context} tokens, more under weak scaling"
+    rounds = f"{row['rounds']} round{'s' if row['rounds'] > 1 else ''}"
+    return f"{row['parameters']:,} parameters in {row['dtype']}, {batch}, {threads}, {rounds}"
 
 
 def scalings_of(rows: Sequence[Record]) -> Iterator[str]:
