@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from fastgpt_kernels import Backend
 
+from fastgpt.engine.backend import ops_for
+from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError
 from fastgpt.files import write_atomically
 from fastgpt.task_folder import load_task_model
@@ -29,12 +31,13 @@ def predict_command(run: str, data: str, *, out: str | None, batch_size: int, de
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     if out is not None and Path(out).is_dir():
         raise UserError(f"--out: {out} is a folder; give a file")
-    model, tokenizer, tuned = load_task_model(Path(run), device=device, backend=backend)
+    place = resolve_device(device, setting="--device")
+    ops_for(backend, place, setting="--backend")  # before the model, which takes longer
+    model, tokenizer, tuned = load_task_model(Path(run), device=place, backend=backend)
     examples = load_examples(data, tuned.data, labelled=False)[1]
     encoded = encode_examples(
         examples, tuned.task, tokenizer, tuned.special, model.config.context, too_long=tuned.too_long
     )
-    place = next(model.parameters()).device
     scores = scores_of(Alone(model, place), encoded, tuned.task, batch_size)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines(examples, scores, tuned.task))
     if out is None:

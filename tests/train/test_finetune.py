@@ -268,6 +268,8 @@ def test_other_mistakes_are_one_line_too(
         (["predict", run, "nothing.jsonl"], "nothing.jsonl"),
         (["predict", run, bad, "--batch-size", "0"], "--batch-size must be at least 1"),
         (["predict", run, bad, "--out", tmp_path], "is a folder; give a file"),
+        (["predict", run, bad, "--device", "tpu"], "--device: 'tpu' is not known"),
+        (["predict", run, bad, "--backend", "tritn"], "--backend: 'tritn' is not a kernel backend"),
     ]
     for words, told in cases:
         assert main([str(word) for word in words]) == 2, told
