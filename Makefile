@@ -1,4 +1,4 @@
-# `make check` is what CI runs; `make gpu`, `make gpu-tune` and `make gpu-train` are for a GPU.
+# `make check` is what CI runs; `make gpu`, `make gpu-tune`, `make gpu-scale` and `make gpu-train` are for a GPU.
 PYTHON ?= python
 JOBS ?= 2
 COMPILE = $(PYTHON) -m fastgpt_kernels.compile_report --gate --jobs $(JOBS)
@@ -8,7 +8,7 @@ WITH_OLDER_TRITON = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	$(PYTHON) -m pip install --quiet --no-deps --target "$$folder/triton" triton==$(OLDER_TRITON) && \
 	PYTHONPATH="$$folder/triton" $(COMPILE)
 
-.PHONY: check lint test slow gpu compile-gate kernels-compiled gpu-tune gpu-train
+.PHONY: check lint test slow gpu compile-gate kernels-compiled gpu-tune gpu-scale gpu-train
 
 check: lint test compile-gate
 
@@ -37,6 +37,9 @@ kernels-compiled:
 
 gpu-tune:
 	$(PYTHON) -m fastgpt_kernels.tune --seconds 420 $(if $(OUT),--out "$(OUT)")
+
+gpu-scale:
+	$(PYTHON) -m benchmarks.gpu --scaling
 
 # GPT-2 124M on novels, for 150 seconds ours and for 150 plain PyTorch, then further seeds of it as the time allows
 DATA ?= ../shared/data

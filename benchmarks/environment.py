@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest-benchmark", "liger-kernel")
+PACKAGES = ("torch", "triton", "numpy", "deepspeed", "transformers", "pytest-benchmark", "liger-kernel")
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
 
 

@@ -66,6 +66,13 @@ STEP_SETTINGS = {
         "train.micro_batch_size=2", "train.batch_tokens=128", "engine.threads=1",
     ),
 }  # fmt: skip
+# one engine beside ZeRO's stages on one rank: share of the time, file of settings, further ones, and who is measured
+SCALES = {
+    "scale-gpt2-124m": (0.25, "gpt2-124m", (), "single,single-no-graph,zero0,zero1,zero2,zero3"),
+    "scale-fp16": (0.15, "gpt2-124m", ("engine.precision=fp16",), "single-no-graph,zero0,zero1,zero2,zero3"),
+    "scale-gpt2-355m": (0.2, "gpt2-355m", (), "single-no-graph,zero1,zero2,zero3"),
+    "scale-gpt2-1558m": (0.4, "gpt2-1558m", (), "single-no-graph,zero1,zero2,zero3"),
+}
 STEPS_ON_A_CPU = ("gpt2-124m", "gpt1-117m")
 PEERS_OF_A_PATH = {"gpu": "nanogpt-bf16-compile", "cpu": "nanogpt,nanogpt-bf16", "toy": "nanogpt"}
 
@@ -83,7 +90,7 @@ def parts_for(scale: str, contenders: str | None, peer_path: str | None = None) 
     pytest = (sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short")
     pytest += ("-p", "benchmarks.lines", "--lines", LINES, "--until", UNTIL)
     if scale == "gpu":
-        parity = ("tests/kernels", "tests/model", "-m", "gpu and not slow", "-n", str(PARITY_WORKERS))
+        parity = ("tests/kernels", "tests/model", "tests/engine", "-m", "gpu and not slow", "-n", str(PARITY_WORKERS))
         parity += ("--dist", "worksteal")
     else:
         parity = ("tests/kernels/test_grad_norm.py", "-n", "0")
@@ -135,11 +142,24 @@ def steps_for(scale: str, peer_path: str | None) -> list[Part]:
     return parts
 
 
+def scales_for(scale: str) -> list[Part]:
+    """The parts of `make gpu-scale`: on a GPU one rank, elsewhere two as well, with toys."""
+    parts = []
+    for name, (share, settings, more, engines) in SCALES.items():
+        command = (sys.executable, "-m", "fastgpt", "bench", "scale", f"configs/{settings}.yaml")
+        command += (*STEP_SETTINGS["gpu" if scale == "gpu" else "toy"], *more, "--engines", engines)
+        command += ("--ranks", "1" if scale == "gpu" else "1,2", "--rounds", "5" if scale == "gpu" else "1")
+        parts.append(Part(name, share, (*command, "--lines", LINES, "--until", UNTIL)))
+    return parts
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that were asked for."""
-    known = [part.name for part in parts_for("toy", None)]
+    usual = [part.name for part in parts_for("toy", None)]
+    known = [*usual, *SCALES]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=known, default=known, metavar="PART", help=", ".join(known))
+    parser.add_argument("--parts", nargs="+", choices=known, metavar="PART", help=", ".join(known))
+    parser.add_argument("--scaling", action="store_true", help="the parts of ZeRO beside one engine, and no others")
     parser.add_argument("--seconds", type=positive, default=SECONDS, help="for all parts together")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT", ROOT / "benchmarks" / "results"))
     parser.add_argument("--scale", choices=("gpu", "cpu", "toy"), help="gpu where there is one, else toy")
@@ -156,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scale = chosen.scale or ("gpu" if found["kind"] == "gpu" else "toy")
     if scale == "gpu" and found["kind"] != "gpu":
         parser.error("--scale is gpu, and PyTorch sees none")
-    parts = [part for part in parts_for(scale, chosen.contenders, chosen.peer_path) if part.name in chosen.parts]
+    parts = [*parts_for(scale, chosen.contenders, chosen.peer_path), *scales_for(scale)]
+    wanted = chosen.parts or (SCALES if chosen.scaling else usual)
+    parts = [part for part in parts if part.name in wanted]
     path, record = open_record(Path(chosen.out), found, scale, chosen.commit or environment.commit())
     passed = run(parts, chosen.seconds, path, record)
     print("\n" + "\n".join(table.summary(record)) + f"\nresults: {path}")

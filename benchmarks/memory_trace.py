@@ -9,9 +9,8 @@ itself within a call: partial sums, and cuBLAS's workspace.
 import contextlib
 import importlib
 import os
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -25,9 +24,8 @@ if not torch.cuda.is_available():
 from fastgpt_kernels import adamw, load_ops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.live_bytes import LiveBytes
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
 from fastgpt.engine import micro_step, single
@@ -47,38 +45,6 @@ class Traced(NamedTuple):
 
     peak: int
     between: int  # that stay from update to update
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, each from the operation that makes it until it is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        return result
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-
-    def _freed(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self.live -= size
 
 
 def trace_step(config: Config) -> Traced:

@@ -6,10 +6,12 @@ python -m benchmarks.planning --trace    first count the memory of every case an
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import results
+from benchmarks.scale_engines import with_engine
 from fastgpt.config import Config
 from fastgpt.plan.hardware import GPUS
 from fastgpt.plan.layout import as_configured
@@ -21,6 +23,7 @@ from fastgpt.sizes import flops_per_token
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "planning.md"
 TRACED = ROOT / "benchmarks" / "memory_traced.json"
+RESULTS = ROOT / "benchmarks" / "results"
 GPT_2 = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1558m")
 WITHOUT, WITH = "train.activation_checkpointing=false", "train.activation_checkpointing=true"
 
@@ -203,6 +206,55 @@ def memory_table() -> str:
     return table(header, rows)
 
 
+def measured_layouts(records: Iterable[results.Record]) -> list[results.Record]:
+    """The newest measurement of each layout's memory, toys left out, in the order of the files."""
+    newest: dict[tuple[str, str, int], results.Record] = {}
+    for record in records:
+        for row in results.measured(record):
+            if record["scale"] != "toy" and row["operation"] == "scale" and row["mode"] == "strong":
+                newest[row["case"], row["contender"], row["ranks"]] = row
+    return list(newest.values())
+
+
+def layout_row(row: results.Record) -> list[str]:
+    """A measured layout beside its plan, which is made anew."""
+    name, *words = row["settings"]
+    config = with_engine(settings(name, " ".join(words)), row["contender"], row["dtype"])
+    counted, plan = row["memory"]["counted"], needed(config, as_configured(config, row["ranks"]))
+    planned = [plan.weights, plan.optimizer, plan.gradients, plan.activations + plan.logits, plan.buffers, plan.total]
+    return [
+        row["case"],
+        f"{row['contender']}, {row['ranks']}",
+        row["dtype"],
+        *(f"{counted[kind] / 1e9:.3f}" for kind in ("weights", "optimizer", "between", "peak")),
+        *(f"{size / 1e9:.3f}" for size in planned),
+        f"{plan.total / counted['peak'] - 1:+.1%}",
+        " ".join(f"{size / 1e9:.2f}" for size in counted["resident_set_growth"]),
+    ]
+
+
+def zero_table() -> str:
+    """Predicted beside counted memory, of ZeRO's stages on several ranks."""
+    header = [
+        "Model",
+        "engine, ranks",
+        "precision",
+        "counted: weights",
+        "optimizer",
+        "between updates",
+        "fullest",
+        "planned: weights",
+        "optimizer",
+        "gradients",
+        "activations, logits",
+        "buffers",
+        "fullest",
+        "error",
+        "processes grew by",
+    ]
+    return table(header, [layout_row(row) for row in measured_layouts(results.read_all(RESULTS))])
+
+
 def published_table() -> str:
     """Predicted beside published speed."""
     rows = []
@@ -268,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpt-2 on 8 x h100": node_table,
     "gpt-3 on 1,024 x h100": large_table,
     "memory": memory_table,
+    "zero": zero_table,
     "published": published_table,
 }
 

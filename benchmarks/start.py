@@ -229,9 +229,11 @@ def watched(run: Run, folder: Path, *options: str) -> subprocess.CompletedProces
     """A run that ends by itself at its first update, with its laps as JSON on standard output."""
     with new_run_folder(folder) as out:
         command = [sys.executable, *options, "-m", "benchmarks.start_worker", str(time.time())]
-        done = subprocess.run(
-            [*command, *words_of(run, folder, out)], **surroundings(), capture_output=True, text=True, timeout=LATE
-        )
+        words = [*command, *words_of(run, folder, out)]
+        try:
+            done = subprocess.run(words, **surroundings(), capture_output=True, text=True, timeout=LATE)
+        except subprocess.TimeoutExpired:
+            raise Failed(reason_of(None, "")) from None
     if done.returncode:
         raise Failed(reason_of(done.returncode, done.stderr))
     return done

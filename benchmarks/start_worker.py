@@ -18,7 +18,7 @@ from typing import Any
 
 # module, function, and the lap that ends where it is entered, and where it is left
 MARKS = (
-    ("fastgpt.train.command", "_plan", None, "settings, plan"),
+    ("fastgpt.train.command", "shared_plan", None, "settings, plan"),
     ("fastgpt.train.command", "set_up", None, "threads, precision"),
     ("fastgpt.train.command", "prepare_corpus", None, "corpus"),
     ("fastgpt.train.command", "prepare", "corpus", "engine"),

@@ -220,7 +220,7 @@ class Session(session.Session):
     def wrong_with(self, each: Contender) -> str | None:
         """Why its numbers show that it does not train a GPT, or None."""
         first, losses = each.check["first"], each.check["losses"]
-        even = math.log(self.case.job.config.model.vocab_size)
+        even = math.log(self.case.job.config.model.output_rows)
         if not all(map(math.isfinite, (first, *losses))):
             return f"its losses are {[first, *losses]}"
         if abs(first - even) > 1.0:

@@ -20,7 +20,7 @@ from benchmarks.step_models import PlainGPT
 from benchmarks.step_worker import OURS, ZERO
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
-from fastgpt.engine.base import Pending
+from fastgpt.engine.base import Pending, evaluation_loss
 from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join
@@ -94,6 +94,8 @@ def check_available(name: str, job: Job) -> None:
     config, gpu = job.config, job.device.type == "cuda"
     if config.model.attention != "dense" and name not in OURS:
         raise Unavailable("it has no windows in its attention")
+    if config.model.embedding != "separate" and name not in OURS:
+        raise Unavailable("it has no table of tokens and positions together")
     if name == "reference" and (not gpu or load_ops(config.kernels.backend).name != "triton"):
         raise Unavailable("ours runs PyTorch's operations already")
     if name == "ours-compile" and config.engine.compile:
@@ -171,8 +173,7 @@ class Ours:
         self.engine.phases = observer
 
     def evaluate(self, tokens: Tensor) -> float:
-        summed: float = self.engine.evaluation_loss(tokens[:, :-1], tokens[:, 1:])
-        return summed / tokens[:, 1:].numel()
+        return evaluation_loss(self.engine, tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
 
     def update(self, batch: Batch) -> None:
         before, self.last = self.last, self.engine.update(batch)

@@ -8,12 +8,18 @@ import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
-from benchmarks import curves_table, data_table, results, start_table, step_table
+from benchmarks import curves_table, data_table, results, scale_table, start_table, step_table
 
 Measurement: TypeAlias = dict[str, Any]
 
 # by the word that its rows have as their operation
-KINDS = {"step": step_table, "data": data_table, "start": start_table, "curves": curves_table}
+KINDS = {
+    "step": step_table,
+    "scale": scale_table,
+    "data": data_table,
+    "start": start_table,
+    "curves": curves_table,
+}
 
 # ours first: the one whose rate and share a row shows is the first that was measured
 CONTENDERS = ("triton", "torch", "eager", "compile", "sdpa-flash", "sdpa-cudnn", "liger")

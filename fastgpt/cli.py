@@ -8,15 +8,15 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import fastgpt
 from fastgpt.errors import RankLost, SharedError, UserError, did_you_mean
 
-COMMANDS = ("train", "prepare", "generate", "plan", "bench")
-BENCHMARKS = ("step", "data", "start", "curves")
+COMMANDS = ("train", "finetune", "predict", "prepare", "generate", "plan", "bench")
+BENCHMARKS = ("step", "scale", "data", "start", "curves")
 
 EPILOG = """\
 examples:
@@ -25,6 +25,8 @@ examples:
   deepspeed --num_gpus 8 --module fastgpt train configs/gpt2-1558m.yaml
   torchrun --nproc-per-node 8 -m fastgpt train configs/gpt2-1558m.yaml
   fastgpt generate runs/quickstart --prompt 'def main'
+  fastgpt finetune runs/mine configs/finetune/sst2.yaml task.train=train.tsv task.validation=dev.tsv
+  fastgpt predict runs/sst2 new.tsv --out predictions.jsonl
   fastgpt plan configs/gpt2-1558m.yaml --gpus 8 --gpu h100
 """
 
@@ -54,6 +56,23 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a YAML file of settings")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     train.add_argument("--resume", action="store_true", help="refuse to start anew where there is no checkpoint")
+    train.add_argument("--init", metavar="MODEL", help="a run or a model folder to start from: train.init=MODEL")
+
+    finetune = commands.add_parser("finetune", help="train a pre-trained model to do a task")
+    finetune.add_argument("pretrained", metavar="model", help="a run, a checkpoint, or a Hugging Face folder")
+    finetune.add_argument("config", help="a YAML file of settings")
+    finetune.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    finetune.add_argument("--resume", action="store_true", help="refuse to start anew where there is no checkpoint")
+
+    predict = commands.add_parser("predict", help="let a fine-tuned model do its task on new examples")
+    predict.add_argument("run", help="a run of `fastgpt finetune`, or a checkpoint of it")
+    predict.add_argument(
+        "data", help="a file in the format of the training examples, with or without what is predicted"
+    )
+    predict.add_argument("--out", metavar="FILE", help="write JSON lines there (default: standard output)")
+    predict.add_argument("--batch-size", type=int, default=32, help="examples of one pass (default: %(default)s)")
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    predict.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
 
     prepare = commands.add_parser("prepare", help="turn text into token shards")
     prepare.add_argument("source", help=".txt, .jsonl or .jsonl.gz files, a folder of them, or 'stdlib'")
@@ -94,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--network", type=float, metavar="GB/s", help="of each GPU to other nodes, in one direction")
     plan.add_argument("--tokens", type=float, help="of the run (default: what the settings ask for)")
     plan.add_argument("--price", type=float, metavar="USD", help="of a GPU-hour")
-    plan.add_argument("--disk", type=float, default=2.0, metavar="GB/s", help="that a node writes (default: 2)")
+    plan.add_argument("--disk", type=float, default=2.0, metavar="GB/s", help="of a node, both ways (default: 2)")
     plan.add_argument("--host-memory", type=float, metavar="GB", help="of the host, for each GPU, to offload to")
     plan.add_argument("--as-configured", action="store_true", help="plan the settings as they are, not the best ones")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -109,6 +128,12 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
     step.add_argument("--label", default="", help="keeps it beside other measurements of the same file in the results")
     step.add_argument("--one-at-a-time", action="store_true", help="for a GPU that cannot hold all models at once")
+    scale = benchmarks.add_parser("scale", help="ZeRO's stages on several ranks, beside one process and the plan")
+    scale.add_argument("config", help="a YAML file of settings")
+    scale.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    scale.add_argument("--ranks", metavar="1,2,4", help="numbers of ranks (default: 1,2,4; on GPUs what there are)")
+    scale.add_argument("--engines", metavar="a,b,c", help="of single, single-no-graph, zero0 to zero3 (default: all)")
+    scale.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
     data = benchmarks.add_parser("data", help="batches from token shards, on one core")
     data.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
     data.add_argument("--toy", action="store_true", help="few tokens: to see that it works")
@@ -123,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     curves.add_argument(
         "--each", type=float, metavar="SECONDS", help="train ours and plain PyTorch for so long at most"
     )
-    for benchmark in (step, data, start, curves):
+    for benchmark in (step, scale, data, start, curves):
         _add_keeping(benchmark)
     return top
 
@@ -181,7 +206,15 @@ def _run(words: list[str]) -> int:
         parser().print_help()
         return 2
     _log_to_stderr()
-    run = {"train": _train, "prepare": _prepare, "generate": _generate, "plan": _plan, "bench": _bench}
+    run = {
+        "train": _train,
+        "finetune": _finetune,
+        "predict": _predict,
+        "prepare": _prepare,
+        "generate": _generate,
+        "plan": _plan,
+        "bench": _bench,
+    }
     return run[options.command](options)
 
 
@@ -199,19 +232,26 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def _train(options: argparse.Namespace) -> int:
     from fastgpt.launch import engine_kind
     from fastgpt.launchers import find_launch
-    from fastgpt.settings import load_config
+    from fastgpt.settings import load_config_with_places
 
     try:
-        config = load_config(options.config, options.overrides)
+        words = [] if options.init is None else [f"train.init={options.init}"]
+        config, places = load_config_with_places(options.config, [*options.overrides, *words])
         engine_kind(config, find_launch())
     except UserError as problem:
         raise SharedError(str(problem)) from None
 
     from fastgpt.train.command import run
+
+    return _carry_out(lambda: run(config, must_resume=options.resume, places=places))
+
+
+def _carry_out(run: Callable[[], Path]) -> int:
+    """Train; the exit code of how it ended."""
     from fastgpt.train.saver import Interrupted
 
     try:
-        run(config, must_resume=options.resume)
+        run()
     except RankLost as problem:
         print(f"fastgpt: error on rank {_rank()}: {problem}", file=sys.stderr)
         return 1
@@ -219,6 +259,35 @@ def _train(options: argparse.Namespace) -> int:
         if _rank() == 0:
             print(f"stopped by {stop}", file=sys.stderr)
         return stop.exit_code
+    return 0
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from fastgpt.finetune_config import FinetuneConfig
+    from fastgpt.settings import load_config_with_places
+
+    try:
+        words = [f"pretrained={options.pretrained}", *options.overrides]
+        config, places = load_config_with_places(options.config, words, kind=FinetuneConfig)
+    except UserError as problem:
+        raise SharedError(str(problem)) from None
+
+    from fastgpt.train.finetune import run
+
+    return _carry_out(lambda: run(config, must_resume=options.resume, places=places))
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from fastgpt.train.predict import predict_command
+
+    predict_command(
+        options.run,
+        options.data,
+        out=options.out,
+        batch_size=options.batch_size,
+        device=options.device,
+        backend=options.backend,
+    )
     return 0
 
 

@@ -112,10 +112,13 @@ def generate_command(
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
 
-    from fastgpt.load import load_model
+    from fastgpt.engine.backend import ops_for
+    from fastgpt.engine.precision import resolve_device
+    from fastgpt.load import read_model
     from fastgpt.model.cache import CachedLogits
 
-    model, tokenizer = load_model(folder, device=device, backend=backend)
+    place = resolve_device(device, setting="--device")
+    model, tokenizer = read_model(folder, ops_for(backend, place, setting="--backend"), place)
     if tokenizer is None:
         raise UserError(f"{folder}: the model has no tokenizer, so there is no text to go from or to")
     table = model.token_embedding.weight

@@ -17,6 +17,7 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500  # torchrun's
 # Slurm's jobs take ports by their number: below those that Linux hands out by itself, which begin at 32768
 SLURM_PORTS = range(12_000, 32_000)
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 class Launch(NamedTuple):
@@ -29,6 +30,12 @@ class Launch(NamedTuple):
     launcher: str = "torchrun"  # or deepspeed, srun, mpirun
     master: str | None = None  # the host of rank 0, where the launcher leaves it to us
     port: int | None = None
+    own_gpu: bool = False  # of its host's GPUs it sees no other than its own
+
+    @property
+    def gpu(self) -> int:
+        """The number of this process's GPU among those that it sees."""
+        return 0 if self.own_gpu else self.local_rank
 
 
 ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="")
@@ -77,6 +84,7 @@ def srun(environment: Environment) -> Launch | None:
         launcher="srun",
         master=first_host(_text(environment, "SLURM_STEP_NODELIST")),
         port=SLURM_PORTS[(31 * job + step) % len(SLURM_PORTS)],
+        own_gpu=_sees_one_gpu(environment),
     )
 
 
@@ -112,7 +120,14 @@ def _mpi(environment: Environment, rank: str, size: str, local_rank: str, local_
         launcher="mpirun",
         master=LOOPBACK,
         port=DEFAULT_PORT,
+        own_gpu=_sees_one_gpu(environment),
     )
+
+
+def _sees_one_gpu(environment: Environment) -> bool:
+    """Whether a GPU was chosen for this process, as `srun --gpus-per-task 1` does and scripts around MPI's ranks do."""
+    visible = [environment[name] for name in VISIBLE if environment.get(name)]
+    return bool(visible) and "," not in visible[0]
 
 
 def first_host(nodes: str) -> str:

@@ -2,38 +2,38 @@
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastgpt_kernels import Backend, Ops, UnsupportedInput
+from fastgpt_kernels import Backend, Ops
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.checkpoint.files import open_to_readers, sha256
 from fastgpt.checkpoint.manifest import NAME as MANIFEST
-from fastgpt.checkpoint.manifest import read_manifest
-from fastgpt.checkpoint.store import LATEST
+from fastgpt.checkpoint.manifest import verify
+from fastgpt.checkpoint.store import CheckpointStore
 from fastgpt.config import ModelConfig
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
+from fastgpt.files import open_to_readers
 from fastgpt.model.convert import ARCHITECTURES, from_hugging_face
 from fastgpt.model.gpt import GPT
 from fastgpt.model.state import model_from_state
-from fastgpt.tokenizer import Tokenizer, load_tokenizer
-from fastgpt.tokenizer.files import PAIRS, read_json
+from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer.files import PAIRS, read_json, read_tokenizer
 
 log = logging.getLogger(__name__)
 
 MODEL_TYPE = "fastgpt"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BEST = "best"  # of a run of fine-tuning: the model that did best in validation
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -62,8 +62,8 @@ def load_model(
     """Read a trained model, in eval mode, and its tokenizer.
 
     Args:
-        folder: a run folder (its newest checkpoint), a checkpoint, a folder that `save_model` wrote, or a Hugging Face
-            folder of a GPT-2 or OpenAI GPT with safetensors.
+        folder: a run folder (its newest checkpoint; of fine-tuning its best model), a checkpoint, a folder that
+            `save_model` wrote, or a Hugging Face folder of a GPT-2 or OpenAI GPT with safetensors.
         device: "cpu", "cuda", "cuda:N", or "auto" for the GPU where there is one.
         backend: which kernels the model runs on, as for `load_ops`; "auto" on the CPU is "torch".
         dtype: converts the weights; None keeps the dtype of the file.
@@ -74,21 +74,27 @@ def load_model(
     Raises:
         UserError: something is missing, damaged or not supported; the message names the file and the key.
     """
-    place = _device(str(device))
-    ops = _ops(backend, place)
-    folder = _model_folder(Path(folder))
+    place = resolve_device(str(device), setting="device")
+    return read_model(folder, ops_for(backend, place, setting="backend"), place, dtype)
+
+
+def read_model(
+    folder: str | PathLike[str], ops: Ops, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[GPT, Tokenizer | None]:
+    """`load_model` with operations that are loaded, on a device that is there."""
+    folder = model_folder(Path(folder))
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
     if kind not in (MODEL_TYPE, *ARCHITECTURES):
         known = (MODEL_TYPE, *ARCHITECTURES)
         near = did_you_mean(kind, known) if isinstance(kind, str) else ""
         raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}; known: {', '.join(known)}.{near}")
-    state = _read_tensors(folder, place, dtype)
+    state = _read_tensors(folder, device, dtype)
     if kind == MODEL_TYPE:
         model = model_from_state(_our_config(settings, folder), ops, state, where=str(folder / WEIGHTS))
     else:
         model = from_hugging_face(state, settings, ops, where=str(folder))
-    tokenizer = _tokenizer(folder, kind)
+    tokenizer = _tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
@@ -97,57 +103,28 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _device(name: str) -> torch.device:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise UserError(f"device: {name!r} is not known; allowed: auto, cpu, cuda, cuda:N")
-    return resolve_device(name)
+def model_folder(folder: Path) -> Path:
+    """The folder of the model itself, for any of the folders that contain one.
 
-
-def _ops(backend: Backend, device: torch.device) -> Ops:
-    try:
-        return ops_for(backend, device)
-    except UnsupportedInput as problem:
-        raise UserError(f"backend: {' '.join(str(problem).split())}") from None
-
-
-def _model_folder(folder: Path) -> Path:
-    """The folder of the model itself, for any of the folders that contain one."""
+    Raises:
+        UserError: it is none of them, or damaged.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run, a checkpoint, or a folder with {WEIGHTS}")
     if (folder / "config.json").is_file():
         return folder
+    if (folder / BEST / "config.json").is_file():
+        return folder / BEST
     if (folder / "checkpoints").is_dir():
-        folder = _newest_checkpoint(folder / "checkpoints")
+        folder = CheckpointStore(folder / "checkpoints").pointed()
     if (folder / MANIFEST).is_file():
-        _verify_model(folder)
+        try:
+            verify(folder, within="model/")  # the training state is much larger
+        except UserError as problem:
+            raise UserError(f"{problem}; try an older checkpoint of the run") from None
     if (folder / "model").is_dir():
         return folder / "model"
     raise UserError(f"{folder}: neither a run, nor a checkpoint, nor a model: it has no config.json")
-
-
-def _newest_checkpoint(checkpoints: Path) -> Path:
-    """What `latest` names, or, where it is missing or damaged, the newest checkpoint that was committed."""
-    committed = sorted(path.parent for path in checkpoints.glob(f"step-*/{MANIFEST}"))
-    if not committed:
-        raise UserError(f"{checkpoints}: no checkpoint yet; `fastgpt train` writes one every train.save_every updates")
-    latest = checkpoints / LATEST
-    name = latest.read_bytes().decode("utf-8", errors="replace").strip() if latest.is_file() else ""
-    named = next((path for path in committed if path.name == name), None)
-    if named is None:
-        log.warning("%s names no whole checkpoint; taking the newest, %s", latest, committed[-1].name)
-    return named or committed[-1]
-
-
-def _verify_model(checkpoint: Path) -> None:
-    """Compare the model's files, not the much larger training state, with the checkpoint's manifest."""
-    for name, facts in read_manifest(checkpoint).files.items():
-        path = checkpoint / name
-        if path.parent != checkpoint / "model":
-            continue
-        if not path.is_file():
-            raise UserError(f"{path}: missing")
-        if sha256(path) != facts["sha256"]:
-            raise UserError(f"{path}: its content does not match its SHA-256; try an older checkpoint of the run")
 
 
 def _our_config(settings: dict[str, Any], folder: Path) -> ModelConfig:
@@ -197,11 +174,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tokenizer(folder: Path, kind: str) -> Tokenizer | None:
+def _tokenizer(folder: Path) -> Tokenizer | None:
     files = ("tokenizer.json", *(name for pair in PAIRS for name in pair))
-    if not any((folder / name).is_file() for name in files):
-        return None
-    if kind == "openai-gpt":
-        log.warning("%s: GPT-1's tokenizer is not read; the model comes without one", folder)
-        return None
-    return load_tokenizer(folder)
+    # GPT-1's asks for its packages when it is used: the model is of use without
+    return read_tokenizer(folder) if any((folder / name).is_file() for name in files) else None

@@ -5,9 +5,19 @@ depends neither on the number of ranks nor on an interruption.
 """
 
 import bisect
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from fastgpt.config import Config
+
+
+class Sizes(Protocol):
+    """How large each update is, in tokens or another unit."""
+
+    def of(self, update: int) -> int:
+        """The size of an update, counting from 1."""
+
+    def before(self, update: int) -> int:
+        """The sum of all updates before this one."""
 
 
 class Level(NamedTuple):

@@ -1,18 +1,19 @@
-"""Settings from a YAML file and `key.sub=value` words, with errors that name the line and the right spelling."""
+"""Settings from a YAML file and `key.sub=value` words, with errors that name the line (`fastgpt.wording`)."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from fastgpt.config import Config
+from fastgpt.config import Config, Section
 from fastgpt.errors import UserError, did_you_mean
+from fastgpt.schema import Key, Schema
+from fastgpt.wording import Places, line_of
 
-Key = tuple[str, ...]
+C = TypeVar("C", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,44 +27,65 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+# sections whose keys are those of another program, and not listed here
+_OPEN = ("engine.deepspeed",)
+
+
+@overload
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config: ...
+
+
+@overload
+def load_config(path: str | Path, overrides: Iterable[str] = (), *, kind: type[C]) -> C: ...
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = (), *, kind: Any = Config) -> Any:
     """The settings of a run.
 
     Args:
         path: a YAML file.
         overrides: words `key.sub=value`; a value that is not text is read as YAML.
+        kind: the settings of which kind of run.
 
     Raises:
         UserError: one line for every mistake, with file and line (or "command line"), what is allowed, and the
             nearest right spelling.
     """
-    tree, places = _read_file(Path(path))
+    return load_config_with_places(path, overrides, kind=kind)[0]
+
+
+@overload
+def load_config_with_places(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, Places]: ...
+
+
+@overload
+def load_config_with_places(path: str | Path, overrides: Iterable[str] = (), *, kind: type[C]) -> tuple[C, Places]: ...
+
+
+def load_config_with_places(
+    path: str | Path, overrides: Iterable[str] = (), *, kind: Any = Config
+) -> tuple[Any, Places]:
+    """The same, and where each setting was written: for what can be checked only later."""
+    schema = Schema(kind)
+    tree, lines = _read_file(Path(path))
     for word in overrides:
-        _override(tree, places, word)
+        _override(tree, lines, word, schema)
+    places = Places(str(path), lines)
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree), places
     except ValidationError as problem:
-        lines = dict.fromkeys(_line(error, places, str(path)) for error in problem.errors())
-        raise UserError("\n".join(lines)) from None
+        found = dict.fromkeys(line_of(error, places, str(path), schema) for error in problem.errors())
+        raise UserError("\n".join(found)) from None
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Section) -> str:
     """The settings as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def known_settings() -> list[str]:
-    """Every setting, in dotted form, in the order of the documentation."""
-    return list(_leaves(Config, ()))
-
-
-def _leaves(model: type[BaseModel], prefix: Key) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _leaves(inner, (*prefix, name))
-        else:
-            yield ".".join((*prefix, name))
+    """Every setting of `fastgpt train`, in dotted form, in the order of the documentation."""
+    return Schema(Config).known()
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
@@ -117,15 +139,15 @@ def _places(node: yaml.MappingNode, prefix: Key, path: Path, places: dict[Key, s
             _places(value_node, key, path, places)
 
 
-def _override(tree: dict[str, Any], places: dict[Key, str], word: str) -> None:
+def _override(tree: dict[str, Any], places: dict[Key, str], word: str, schema: Schema) -> None:
     dotted, equals, text = word.partition("=")
     if not equals:
-        near = did_you_mean(word, known_settings())
+        near = did_you_mean(word, schema.known())
         raise UserError(f"command line: '{word}' is not a setting of the form key.sub=value.{near}")
-    if dotted not in known_settings():
-        raise UserError(f"command line: {dotted} is not a setting.{did_you_mean(dotted, known_settings())}")
+    if dotted not in schema.known() and not dotted.startswith(tuple(f"{section}." for section in _OPEN)):
+        raise UserError(f"command line: {dotted} is not a setting.{did_you_mean(dotted, schema.known())}")
     *sections, name = key = tuple(dotted.split("."))
-    value = _value(key, text)
+    value = _value(key, text, schema)
     for section in sections:
         inner = tree.get(section)
         if not isinstance(inner, dict):
@@ -138,109 +160,11 @@ def _override(tree: dict[str, Any], places: dict[Key, str], word: str) -> None:
     places[key] = "command line"
 
 
-def _value(key: Key, text: str) -> Any:
+def _value(key: Key, text: str, schema: Schema) -> Any:
     """A word's value as YAML; a text setting takes the word as it stands, so that a prompt needs no second quotes."""
-    if expected(key).startswith("text") and not text.startswith(("'", '"')):
-        return None if text == "null" and expected(key).endswith("or null") else text
+    if schema.expected(key).startswith("text") and not text.startswith(("'", '"')):
+        return None if text == "null" and schema.expected(key).endswith("or null") else text
     try:
         return yaml.load(text, Loader=_Loader) if text else ""
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError):
         raise UserError(f"command line: {'.'.join(key)} cannot be read from '{text}'") from None
-
-
-def _line(error: ErrorDetails, places: dict[Key, str], path: str) -> str:
-    """One pydantic error in the user's words."""
-    key: Key = tuple(str(part) for part in error["loc"])
-    context = error.get("ctx", {})
-    if error["type"] == "broken_setting":
-        key += tuple(context["key"].split("."))
-    # keys that pydantic adds for the members of a union are not the user's
-    while (
-        key and not _is_setting(key) and places.get(key) is None and error["type"] not in ("extra_forbidden", "missing")
-    ):
-        key = key[:-1]
-    where = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), path)
-    name = ".".join(key)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{where}: {name} is not a setting.{_nearest(name)}"
-        case "missing":
-            return f"{path}: {name} is missing; it must be {expected(key)}"
-        case "broken_setting":
-            return f"{where}: {name} {context['message']}"
-        case _:
-            value = error["input"]
-            near = did_you_mean(value, _literals(key)) if isinstance(value, str) else ""
-            if isinstance(value, int | float) and not isinstance(value, bool) and expected(key).startswith("text"):
-                near = f" Write '{value}' in quotes if it is a name."
-            return f"{where}: {name} must be {expected(key)}, not {_shown(value)}.{near}"
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _nearest(name: str) -> str:
-    known = known_settings()
-    section, _, last = name.rpartition(".")
-    # a slip in the last word is likelier than one in the section, a setting in the wrong section likelier than both
-    same_section = [k for k in known if k.rpartition(".")[0] == section]
-    elsewhere = [k for k in known if k.rpartition(".")[2] == last]
-    if elsewhere:
-        return f" Did you mean {elsewhere[0]}?"
-    return did_you_mean(name, same_section) or did_you_mean(name, known)
-
-
-def _field(key: Key) -> Any:
-    """The pydantic field at `key`, or None."""
-    model: Any = Config
-    field = None
-    for part in key:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
-            return None
-        field = model.model_fields[part]
-        model = field.annotation
-    return field
-
-
-def _is_setting(key: Key) -> bool:
-    return _field(key) is not None
-
-
-def _literals(key: Key) -> list[str]:
-    field = _field(key)
-    return [str(a) for a in get_args(field.annotation)] if field and get_origin(field.annotation) is Literal else []
-
-
-def expected(key: Key) -> str:
-    """What the setting at `key` must be, in words."""
-    field = _field(key)
-    return _describe(field.annotation, field.metadata) if field else "a setting"
-
-
-def _describe(kind: Any, limits: Sequence[Any]) -> str:
-    arguments = get_args(kind)
-    if get_origin(kind) is Annotated:
-        return _describe(arguments[0], [m for a in arguments[1:] for m in getattr(a, "metadata", [a])])
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(a) for a in arguments)
-    if arguments and type(None) in arguments:
-        inner = next(a for a in arguments if a is not type(None))
-        return _describe(inner, limits) + " or null"
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return "a group of settings: " + ", ".join(kind.model_fields)
-    pattern = next((p for m in limits if (p := getattr(m, "pattern", None))), None)
-    if pattern:
-        return "one of auto, cpu, cuda, cuda:N"
-    if kind is str and any(getattr(m, "min_length", None) for m in limits):
-        return "text, not empty"
-    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
-    for attribute, phrase in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
-        values = [v for m in limits if (v := getattr(m, attribute, None)) is not None]
-        if values:
-            joint = " of " if words in ("an integer", "a number") and phrase.startswith("at") else " "
-            words += f"{joint if words.count(' ') == 1 else ' and '}{phrase} {values[0]}"
-    return words

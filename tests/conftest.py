@@ -67,6 +67,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data, or a skip."""
+    folder = Path(os.environ.get("FASTGPT_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data is not at {folder}; set FASTGPT_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The settings file of a run of seconds, its corpus and its cache beside it."""
     folder = tmp_path_factory.mktemp("tiny")

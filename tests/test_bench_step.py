@@ -391,6 +391,20 @@ def test_who_cannot_take_part_says_why(faked):
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("model.attention=alternating", "model.window=4"), "it has no windows in its attention"),
+        (("model.embedding=table",), "it has no table of tokens and positions together"),
+    ],
+)
+def test_only_ours_takes_part_with_a_model_that_the_others_have_not(toy, words, reason):
+    job = step.case_of(str(toy), words, None).job
+    step_contenders.check_available("ours", job)
+    with pytest.raises(Unavailable, match=reason):
+        step_contenders.check_available("plain", job)
+
+
 def test_two_contenders_are_ours_but_for_one_setting(toy, monkeypatch):
     job = step.case_of(str(toy), (), None).job
     prepared = []

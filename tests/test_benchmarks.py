@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -556,3 +557,12 @@ def test_json_lines_in_the_writing_are_left_for_later(tmp_path):
     assert results.lines_of(path) == []
     path.write_text(json.dumps({"a": 1}) + '\n{"b": ')
     assert results.lines_of(path) == [{"a": 1}]
+
+
+def test_every_test_that_needs_a_gpu_is_in_the_gpus_turn():
+    (parity,) = (part for part in gpu.parts_for("gpu", None) if part.name == "parity")
+    folders = {gpu.ROOT / word for word in parity.command if word.startswith("tests/")}
+    marked = [
+        path for path in (gpu.ROOT / "tests").rglob("test_*.py") if re.search(r"pytest\.mark\.gpu", path.read_text())
+    ]
+    assert len(marked) > 5 and [path for path in marked if not folders & set(path.parents)] == []

@@ -231,3 +231,19 @@ def test_a_model_without_tokenizer_cannot_write(folder: Path) -> None:
 def test_arguments_are_checked_before_the_model_is_looked_for(options: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"samples is 0|number of tokens is -1|top_p is 2\.0"):
         written(Path("nowhere"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "^--device: 'tpu' is not known; allowed: auto, cpu, cuda, cuda:N$"),
+        ({"device": "cuda:99"}, "^--device: cuda:99 asks for GPU 99"),
+        ({"backend": "tritn"}, "^--backend: 'tritn' is not a kernel backend"),
+        ({"backend": "fast"}, "^--backend: 'fast' is not a kernel backend.* Set --backend to 'auto'"),
+    ],
+)
+def test_a_device_or_backend_that_is_not_there_is_told_by_its_option(
+    folder: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        written(folder, **options)

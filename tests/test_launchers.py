@@ -3,7 +3,7 @@
 import pytest
 
 from fastgpt.errors import UserError
-from fastgpt.launchers import Launch, find_launch, first_host, tasks_of_nodes
+from fastgpt.launchers import VISIBLE, Launch, find_launch, first_host, tasks_of_nodes
 
 SRUN = {
     "SLURM_JOB_ID": "70",
@@ -32,7 +32,7 @@ DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch):
     """Puts variables into an environment that has none of a launcher."""
-    for name in {*SRUN, *OPEN_MPI, *HYDRA, *TORCHRUN, *DEEPSPEED, "MASTER_ADDR"}:
+    for name in {*SRUN, *OPEN_MPI, *HYDRA, *TORCHRUN, *DEEPSPEED, "MASTER_ADDR", *VISIBLE}:
         monkeypatch.delenv(name, raising=False)
 
     def put(variables: dict[str, str]) -> None:
@@ -69,6 +69,26 @@ def test_the_script_of_a_batch_job_and_an_interactive_shell_are_no_ranks(say) ->
     assert find_launch() is None
     say({"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"})
     assert find_launch() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "visible", "gpu"),
+    [
+        (SRUN, None, 1),
+        (SRUN, "0,1,2", 1),
+        (SRUN, "2", 0),
+        (HYDRA, "3", 0),
+        # these launchers choose no GPU for a rank: it is the user's choice for all of them
+        (TORCHRUN, "2", 1),
+        (DEEPSPEED, "2", 1),
+    ],
+)
+def test_a_rank_that_sees_its_own_gpu_alone_takes_it(
+    variables: dict[str, str], visible: str | None, gpu: int, say
+) -> None:
+    say(variables | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    launch = find_launch()
+    assert launch is not None and launch.gpu == gpu
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fastgpt.model import GPT, build_model
 from fastgpt.model.convert import to_hugging_face
 from fastgpt.tokenizer import train_tokenizer
 from fastgpt.tokenizer.base import Tokenizer
+from fastgpt.tokenizer.gpt1 import GPT1BPE
 
 TOKENS = torch.tensor([[1, 2, 3, 250]])
 
@@ -158,7 +159,25 @@ def test_a_hugging_face_folder_is_read(tmp_path: Path, model: GPT, tokenizer: To
     assert none is None
     assert torch.equal(loaded(TOKENS), model.eval()(TOKENS))
     tokenizer.save(tmp_path)
-    assert (load_model(tmp_path)[1] is None) == (model.config.norm == "post")  # GPT-1's BPE is not byte-level
+    beside = load_model(tmp_path)[1]
+    assert beside is not None and beside.fingerprint() == tokenizer.fingerprint()
+
+
+def test_gpt1s_tokenizer_comes_with_its_model_though_its_packages_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: GPT
+) -> None:
+    if model.config.norm == "pre":
+        pytest.skip("GPT-1 is the model with norm: post")
+    state, settings = to_hugging_face(model)
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    GPT1BPE({"<unk>": 0, "a</w>": 1}, []).save(tmp_path)
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    loaded, tokenizer = load_model(tmp_path)
+    assert torch.equal(loaded(TOKENS), model.eval()(TOKENS))
+    assert tokenizer is not None and tokenizer.decode([1]) == "a "
+    with pytest.raises(UserError, match=r"fastgpt\[gpt1\]"):
+        tokenizer.encode("a")
 
 
 def test_a_folder_that_transformers_wrote_in_shards_is_read(tmp_path: Path, model: GPT) -> None:

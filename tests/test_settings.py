@@ -4,13 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.config import Config
+from fastgpt.config import Config, TableConfig
 from fastgpt.errors import UserError
+from fastgpt.finetune_config import FinetuneConfig
 from fastgpt.model import parameter_count
 from fastgpt.ramp import batch_tokens
-from fastgpt.settings import dump_config, known_settings, load_config
+from fastgpt.schema import describe
+from fastgpt.settings import dump_config, known_settings, load_config, load_config_with_places
+from fastgpt.tasks import DATA_SETS
+from fastgpt.wording import Places
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+TASKS = sorted((FOLDER / "finetune").glob("*.yaml"))
+CONFIGS = [path for path in sorted(FOLDER.glob("**/*.yaml")) if path not in TASKS]
 
 GOOD = """\
 out: runs/x
@@ -91,6 +97,27 @@ def test_a_word_on_the_command_line_replaces_the_files_value(good: Path) -> None
     assert (config.train.steps, config.model.norm, config.train.clip, config.engine.zero_stage) == (7, "post", None, 3)
 
 
+def test_deepspeeds_own_keys_are_read_and_written_back(good: Path, tmp_path: Path) -> None:
+    words = ["engine.deepspeed.aio.block_size=3", "engine.deepspeed.zero_optimization.stage3_max_live_parameters=1e3"]
+    config = load_config(good, words)
+    assert config.engine.deepspeed == {
+        "aio": {"block_size": 3},
+        "zero_optimization": {"stage3_max_live_parameters": 1e3},
+    }
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(copy) == config
+
+
+def test_places_tell_where_a_setting_was_written(good: Path) -> None:
+    places = load_config_with_places(good, ["engine.deepspeed.aio.block_size=3"])[1]
+    assert places.of(("train", "steps")) == f"{good}:11"
+    assert places.of(("train", "nothing")) == f"{good}:10"  # the section's
+    assert places.of(("engine", "deepspeed", "aio")) == "command line"  # what it has
+    assert places.of(("kernels",)) == str(good)
+    assert Places().of(("train",)) == ""
+
+
 def test_the_last_word_counts(good: Path) -> None:
     assert load_config(good, ["train.steps=7", "train.steps=8"]).train.steps == 8
 
@@ -129,6 +156,18 @@ IN_FILE = {
     "a key at the top that belongs in a section": (
         GOOD + "zero_stage: 1\n",
         ":15: zero_stage is not a setting. Did you mean engine.zero_stage?",
+    ),
+    "a key as the command line has it": (
+        GOOD + "engine.threads: 2\n",
+        ":15: engine.threads is written in its section here: 'threads:', indented, under 'engine:'",
+    ),
+    "such a key within its section": (
+        GOOD + "engine:\n  engine.threads: 2\n",
+        ":16: engine.threads is written in its section here: 'threads:', indented, under 'engine:'",
+    ),
+    "a slip in such a key": (
+        GOOD + "train.stepz: 3\n",
+        ":15: train.stepz is not a setting. Did you mean train.steps?",
     ),
     "a slip in a section": (GOOD.replace("train:", "trian:"), "trian is not a setting"),
     "text for a number": (GOOD.replace("steps: 3", "steps: many"), ":11: train.steps must be an integer of at least 1"),
@@ -188,6 +227,43 @@ IN_FILE = {
         GOOD + "engine:\n  device: gpu\n",
         ":16: engine.device must be one of auto, cpu, cuda, cuda:N",
     ),
+    "parameters off the device below stage 3": (
+        GOOD + "engine:\n  zero_stage: 2\n  offload_parameters: cpu\n",
+        ":17: engine.offload_parameters needs engine.zero_stage 3, not 2: below it every GPU holds all parameters",
+    ),
+    "an optimizer off the device at stage 0": (
+        GOOD + "engine:\n  zero_stage: 0\n  offload_optimizer: cpu\n",
+        ":17: engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, not 0",
+    ),
+    "an optimizer on a disk below stage 3": (
+        GOOD + "engine:\n  offload_optimizer: nvme\n  nvme_folder: /fast\n",
+        ":16: engine.offload_optimizer of nvme needs engine.zero_stage 3, not 1; stages 1 and 2 offload to cpu only",
+    ),
+    "a disk without a folder": (
+        GOOD + "engine:\n  zero_stage: 3\n  offload_parameters: nvme\n",
+        ":17: engine.offload_parameters is nvme, which needs engine.nvme_folder",
+    ),
+    "a folder for nothing": (
+        GOOD + "engine:\n  zero_stage: 3\n  nvme_folder: /fast\n",
+        ":17: engine.nvme_folder is set, but neither engine.offload_optimizer nor offload_parameters is nvme",
+    ),
+    "something off the device without DeepSpeed": (
+        GOOD + "engine:\n  kind: single\n  offload_optimizer: cpu\n",
+        ":17: engine.offload_optimizer needs DeepSpeed, but engine.kind is single: use engine.kind=deepspeed, or auto",
+    ),
+    "another place to offload to": (
+        GOOD + "engine:\n  offload_optimizer: disk\n",
+        ":16: engine.offload_optimizer must be one of none, cpu, nvme, not 'disk'",
+    ),
+    "a key of DeepSpeed's that is a setting of ours": (
+        GOOD + "engine:\n  deepspeed:\n    zero_optimization:\n      overlap_comm: true\n      stage: 2\n",
+        ":18: engine.deepspeed.zero_optimization.overlap_comm is not set there: use engine.overlap_comm",
+    ),
+    "a section of DeepSpeed's that is ours": (
+        GOOD + "engine:\n  deepspeed:\n    fp16:\n      loss_scale_window: 5\n",
+        ":18: engine.deepspeed.fp16.loss_scale_window is not set there: use engine.precision",
+    ),
+    "no keys of DeepSpeed's": (GOOD + "engine:\n  deepspeed:\n", ":16: engine.deepspeed must be a group of keys and"),
     "dropout of one": (GOOD.replace("n_layer: 2", "n_layer: 2\n  dropout: 1.0"), ":4: model.dropout must be a number"),
     "a rate that is no number": (GOOD.replace("3e-4", ".nan"), ":14: train.lr must be a number"),
     "a missing key": (GOOD.replace("  steps: 3\n", ""), "train.steps is missing; it must be an integer of at least 1"),
@@ -225,6 +301,8 @@ def test_a_mistake_in_the_file_is_told_with_its_line(text: str, said: str, tmp_p
         ("train.steps", "command line: 'train.steps' is not a setting of the form key.sub=value."),
         ("train=3", "command line: train is not a setting."),
         ("train.lr=[", "command line: train.lr cannot be read from '['"),
+        ("engine.deepspeed.optimizer.type=Adam", "command line: engine.deepspeed.optimizer.type is not set there: the"),
+        ("engine.depspeed.aio.block_size=3", "command line: engine.depspeed.aio.block_size is not a setting."),
         ("out=", "command line: out must be text, not empty, not ''."),
         ("model.n_head=3", "must be a multiple of model.n_head (3), not 32. The nearest is 33"),
     ],
@@ -251,3 +329,36 @@ def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
 def test_micro_batches_count_the_whole_update(good: Path) -> None:
     config: Config = load_config(good, ["train.batch_tokens=128"])
     assert config.micro_batches == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("labels", "a list or a group of keys and values or null"),
+        ("text", "a list"),
+        ("label", "text, not empty or an integer of at least 1 or null"),
+        ("n_choices", "an integer of at least 2 and at most 100 or null"),
+    ],
+)
+def test_a_setting_of_several_types_names_them_all(setting: str, words: str) -> None:
+    field = TableConfig.model_fields[setting]
+    assert describe(field.annotation, field.metadata) == words
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_every_shipped_task_is_read(path: Path) -> None:
+    config = load_config(path, kind=FinetuneConfig)
+    assert config.task.data in {None, *DATA_SETS}
+    assert load_config(path, ["train.lr=1e-3"], kind=FinetuneConfig).train.lr == 1e-3
+    with pytest.raises(UserError, match=r"train\.epoch is not a setting. Did you mean train\.epochs\?"):
+        load_config(path, ["train.epoch=2"], kind=FinetuneConfig)
+
+
+def test_the_defaults_of_fine_tuning_are_those_of_gpt1(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text("out: x\npretrained: y\ntask: {data: sst2, train: z}\n")
+    config = load_config(tmp_path / "task.yaml", kind=FinetuneConfig)
+    train, task = config.train, config.task
+    assert (train.epochs, train.batch_size, train.lr, train.warmup_share) == (3, 32, 6.25e-5, 0.002)
+    assert (train.schedule, train.optimizer, train.weight_decay, train.clip) == ("linear", "gpt1", 0.01, 1.0)
+    assert (train.beta1, train.beta2, train.eps) == (0.9, 0.999, 1e-8)
+    assert (task.lm_weight, task.dropout, train.dropout, task.transfer_blocks) == (0.5, 0.1, 0.1, None)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastgpt.checkpoint.files import sha256
 from fastgpt.errors import UserError
+from fastgpt.files import sha256
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -51,14 +51,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: damaged: {problem}") from None
 
 
-def verify(folder: Path) -> Manifest:
-    """Read the manifest and compare every file with it.
+def verify(folder: Path, within: str = "") -> Manifest:
+    """Read the manifest and compare every file with it, or every file within a part of the checkpoint.
 
     Raises:
         UserError: naming the first file that is missing, of another size, or of other content.
     """
     manifest = read_manifest(folder)
     for name, facts in manifest.files.items():
+        if not name.startswith(within):
+            continue
         path = folder / name
         if not isinstance(facts, dict) or {"bytes", "sha256"} - set(facts):
             raise UserError(f"{folder / NAME}: files.{name} must hold bytes and sha256")

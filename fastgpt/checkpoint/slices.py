@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.checkpoint.files import open_to_readers
 from fastgpt.errors import UserError
+from fastgpt.files import open_to_readers
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError
 
-from fastgpt.checkpoint.files import sync, sync_tree, write_atomically
+from fastgpt.checkpoint.manifest import NAME as MANIFEST
 from fastgpt.checkpoint.manifest import Manifest, describe, read_manifest, verify, write_manifest
 from fastgpt.errors import SharedError, UserError
+from fastgpt.files import sync, sync_tree, write_atomically
 
 LATEST = "latest"
 log = logging.getLogger(__name__)
@@ -121,6 +122,24 @@ class CheckpointStore:
                 "Restore one, or choose another 'out' to start anew"
             )
         return None
+
+    def pointed(self) -> Path:
+        """The checkpoint that `latest` names, or where it is missing or damaged the newest; nothing is hashed.
+
+        Raises:
+            UserError: there is no checkpoint.
+        """
+        committed = [name for name in self.names() if (self.folder / name / MANIFEST).is_file()]
+        if not committed:
+            raise UserError(
+                f"{self.folder}: no checkpoint yet; `fastgpt train` writes one every train.save_every updates"
+            )
+        latest = self.folder / LATEST
+        name = latest.read_bytes().decode("utf-8", errors="replace").strip() if latest.is_file() else ""
+        if name not in committed:
+            name = committed[-1]
+            log.warning("%s names no whole checkpoint; taking the newest, %s", latest, name)
+        return self.folder / name
 
     def open(self, name: str) -> Checkpoint:
         """A checkpoint by name, every file checked against its hash."""

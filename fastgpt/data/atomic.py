@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastgpt.files import current_umask, sync, sync_tree
+
 # What file systems without locks answer; there the rename alone decides who was first.
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -95,27 +97,3 @@ def remove_unfinished(path: Path) -> None:
 def glob_escape(name: str) -> str:
     """`name` as a pattern that matches itself only."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0o022)
-    os.umask(umask)
-    return umask
-
-
-def sync_tree(folder: Path) -> None:
-    """Bring every file and folder below `folder`, and itself, to disk."""
-    for current, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(current, name))
-        sync(Path(current))
-
-
-def sync(path: Path) -> None:
-    """Bring one file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """Reading a folder of token shards: one split as one long, memory-mapped stream of token ids."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from fastgpt.data.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from fastgpt.errors import UserError
+from fastgpt.files import sha256
 from fastgpt.tokenizer import Tokenizer, load_tokenizer
 
 BOUNDARY_DTYPE = np.dtype("<u8")
@@ -57,7 +57,7 @@ class TokenShards:
         """Read all files; raises UserError for the first one with another SHA-256 than the manifest says."""
         files = files_of(self.manifest, self.split)
         with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-            checksums = pool.map(file_sha256, [self.folder / file.name for file in files])
+            checksums = pool.map(sha256, [self.folder / file.name for file in files])
             for file, found in zip(files, checksums, strict=True):
                 if found != file.sha256:
                     raise UserError(
@@ -159,12 +159,6 @@ def check_sizes(folder: Path, manifest: Manifest, split: str) -> None:
             ) from None
         if found != file.bytes:
             raise UserError(f"{path}: expected {file.bytes} bytes, found {found}; prepare the text again")
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def decoded_bytes(shards: TokenShards, start: int, stop: int) -> Iterator[bytes]:

@@ -1,8 +1,8 @@
 """Where training gets its batches: the same stream of updates whatever the number of ranks, from any update on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +17,42 @@ from fastgpt.ramp import BatchSizes
 GROUP_TOKENS = 1 << 16
 
 
+MicroBatch = npt.NDArray[np.int64] | Mapping[str, npt.NDArray[Any]]
+"""Windows (B, T + 1) of a text, each position to foretell the next; or what a model's `forward` takes, by name."""
+
+
+class RankBatch(Protocol):
+    """What one rank computes for one update."""
+
+    @property
+    def step(self) -> int:
+        """The update that it is for, counting from 1."""
+
+    @property
+    def parts(self) -> Sequence[MicroBatch]:
+        """The micro-batches of this rank."""
+
+    @property
+    def micro_batches(self) -> tuple[int, ...]:
+        """Their places in the global batch."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What one rank computes for one update.
+    """A `RankBatch` of text.
 
-    `step` is the update that it is for, counting from 1. `tokens` is (micro-batches of this rank, micro-batch size,
-    context + 1), int64: inputs are [..., :-1], targets [..., 1:]. `micro_batches` are the places of these micro-batches
-    in the global batch.
+    `tokens` is (micro-batches of this rank, micro-batch size, context + 1), int64: inputs are [..., :-1], targets
+    [..., 1:].
     """
 
     step: int
     tokens: npt.NDArray[np.int64]
     micro_batches: tuple[int, ...]
+
+    @property
+    def parts(self) -> Sequence[MicroBatch]:
+        """Each of the micro-batches."""
+        return list(self.tokens)
 
 
 class TokenSource(Protocol):

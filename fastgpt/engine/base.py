@@ -1,15 +1,17 @@
 """What every engine does: updates from batches, losses for evaluation, logits for samples, state to and from disk."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastgpt.config import Config
-from fastgpt.data.source import Batch
+from fastgpt.data.source import RankBatch
+from fastgpt.engine.host import to_host
 from fastgpt.engine.ranks import Ranks
 from fastgpt.model.seeds import fold
 
@@ -24,6 +26,7 @@ class Update(NamedTuple):
     grad_norm: float  # global L2 norm before clipping; inf where the update was skipped
     learning_rate: float
     applied: bool  # False: gradients overflowed (fp16) or were not finite, the weights are as they were
+    stop: bool = False  # a rank had been asked to end the run
 
 
 class Pending:
@@ -46,11 +49,14 @@ class Engine(Protocol):
     ranks: Ranks
     step: int  # updates so far, skipped ones included
 
-    def update(self, batch: Batch) -> Pending:
+    def update(self, batch: RankBatch) -> Pending:
         """Begin one update from this rank's micro-batches."""
 
-    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
-        """Summed loss (nats) of this rank's batch, dropout off; targets of -100 do not count."""
+    def outputs(self, arguments: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """What the model's `forward` gives for these tensors and options on this rank, dropout off, without gradient.
+
+        It lies on the engine's device, which may still be computing it.
+        """
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last of `tokens` (B, T), dropout off."""
@@ -70,10 +76,33 @@ def dropout_seed(config: Config, step: int, micro_batch: int) -> int:
     return fold(config.train.seed, DROPOUT, step, micro_batch)
 
 
-def global_loss(ranks: Ranks, losses: list[Tensor]) -> float:
-    """Mean of the global batch's micro-batch losses, summed in the batch's order whatever the world size.
+def evaluation_loss(engine: Engine, inputs: Tensor, targets: Tensor) -> float:
+    """Summed loss (nats) of this rank's batch, dropout off; targets of -100 do not count."""
+    return float(engine.outputs({"tokens": inputs, "targets": targets}, reduction="sum"))
 
-    Rank r holds micro-batches r, r + W, r + 2W, ..., so the transposed table is the batch's order.
+
+def told(
+    ranks: Ranks, step: int, losses: list[Tensor], norm: Tensor | float, learning_rate: float
+) -> Callable[[], Update]:
+    """Begin to bring what an update has to tell to the host; what comes back waits for that, and for nothing later.
+
+    Args:
+        ranks: of the run; all of them call this together.
+        step: the update's number.
+        losses: of this rank's micro-batches, scalars. Told is their mean over the global batch, to the same bits
+            whatever the world size.
+        norm: of the gradient, the same on all ranks.
+        learning_rate: of the update.
     """
-    table = ranks.gather_floats(torch.stack([loss.detach().double() for loss in losses]))
-    return float(table.T.reshape(-1).mean())
+    means = torch.stack([loss.detach().double() for loss in losses])
+    gathered = ranks.begin_to_gather(torch.cat([means, means.new_full((1,), float(ranks.stop_asked))]))
+    size = to_host(torch.as_tensor(norm).reshape(1))
+
+    def read() -> Update:
+        table, [found] = gathered().tolist(), size().tolist()
+        applied, stop = math.isfinite(found), any(row[-1] for row in table)
+        of_all = [loss for row in table for loss in row[:-1]]
+        mean = math.fsum(of_all) / len(of_all)  # rounded once: the order does not count
+        return Update(step, mean, found if applied else math.inf, learning_rate, applied, stop)
+
+    return read

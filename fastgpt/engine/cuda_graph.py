@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastgpt.data.source import MicroBatch
 from fastgpt.engine.host import to_device
-from fastgpt.engine.micro_step import MicroStep
+from fastgpt.engine.micro_step import MicroStep, foretold
 from fastgpt.engine.phases import Phases, unobserved
 from fastgpt.model.dropout import dropout_seeds
 
@@ -93,13 +94,17 @@ class GraphedMicroStep:
         """Give the sums their places, which the graph adds to."""
         self._plain.gradients.start_from_zero()
 
-    def __call__(self, tokens: npt.NDArray[np.int64], seed: int, factor: float) -> Tensor:
+    def __call__(self, part: MicroBatch, seed: int, factor: float) -> Tensor:
         """The mean loss of a micro-batch, as a `MicroStep` gives it."""
-        if self._recorder is None or self.phases is not unobserved:
-            return self._plain(tokens, seed, factor)
+        if self._recorder is None or self.phases is not unobserved or not isinstance(part, np.ndarray):
+            return self._plain(part, seed, factor)
+        return self._graphed(part, seed, factor, self._recorder)
+
+    def _graphed(self, tokens: npt.NDArray[np.int64], seed: int, factor: float, recorder: Recorder) -> Tensor:
+        """The same for windows of a text, which are all of one shape."""
         if self._calls < WARM_UP:
             self._calls += 1
-            return self._recorder.warm_up(lambda: self._plain(tokens, seed, factor))
+            return recorder.warm_up(lambda: self._plain(tokens, seed, factor))
         if self._replay is None:
             self._make_room(tokens)
         self._tokens.copy_(to_device(tokens, self._plain.device))
@@ -107,7 +112,7 @@ class GraphedMicroStep:
             seeds = dropout_seeds(seed, self._plain.model.config.n_layer)
             self._seeds.copy_(to_device(seeds.numpy(), self._plain.device))
         self._factor.fill_(factor)
-        if self._replay is None and not self._record(self._recorder):
+        if self._replay is None and not self._record(recorder):
             return self._plain(tokens, seed, factor)
         assert self._replay
         self._replay()
@@ -127,7 +132,7 @@ class GraphedMicroStep:
         """Make the graph; whether there is one."""
         try:
             self._loss, self._replay = recorder.record(
-                lambda: self._plain.differentiate(self._tokens, self._seeds, self._factor)
+                lambda: self._plain.differentiate(foretold(self._tokens), self._seeds, self._factor)
             )
         except RuntimeError as problem:
             reason = str(problem).strip().partition("\n")[0] or type(problem).__name__

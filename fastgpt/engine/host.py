@@ -3,8 +3,9 @@
 import ctypes
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -59,7 +60,27 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST) and libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST))
 
 
-def to_device(tokens: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """Tokens on the device, by a copy from pinned memory that nobody waits for."""
-    x = torch.from_numpy(tokens)
+def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device, by a copy from pinned memory that nobody waits for."""
+    x = torch.from_numpy(values)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the CPU; what comes back gives the copy.
+
+    It waits for the copy alone, not for what the device has been asked to do since: read in the plain way, a result of
+    one update would come after the work of the next, which is in the queue behind it.
+    """
+    if x.device.type != "cuda":
+        return lambda: x
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

@@ -7,6 +7,7 @@ loading.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -24,8 +25,12 @@ class Layout(Protocol):
 
     optimizer: torch.optim.Optimizer  # the AdamW within
 
-    def fragments(self) -> Iterator[Fragment]:
-        """The pieces on this rank."""
+    def fragments(self, *, to_fill: bool = False) -> Iterator[Fragment]:
+        """The pieces on this rank; each is surely in memory until the next one is asked for.
+
+        Args:
+            to_fill: they are to be written to, and what the optimizer has kept beside them is out of date.
+        """
 
     def refresh_weights(self) -> None:
         """Bring the working weights in line with the masters, on all ranks."""
@@ -45,7 +50,7 @@ class PlainLayout:
         self._weights = weights
         self._ranks = ranks
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self, *, to_fill: bool = False) -> Iterator[Fragment]:
         """Whole parameters, dealt to the ranks for writing."""
         for number, (name, weight) in enumerate(self._weights.items()):
             yield Fragment(name, 0, weight.numel(), weight, 0, _deals(number, self._ranks))
@@ -79,7 +84,7 @@ class ReplicatedLayout:
         for weights, masters in zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True):
             yield from zip(weights, masters, strict=True)
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self, *, to_fill: bool = False) -> Iterator[Fragment]:
         """Whole parameters, dealt to the ranks for writing."""
         for number, (weight, master) in enumerate(self._pairs()):
             yield Fragment(self._names[id(weight)], 0, master.numel(), master, 0, _deals(number, self._ranks))
@@ -118,7 +123,7 @@ class FlatLayout:
             strict=True,
         )
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self, *, to_fill: bool = False) -> Iterator[Fragment]:
         """The parts of parameters that fall into this rank's part of the buffer."""
         for weights, offsets, part in self._groups():
             low = self._rank * part.numel()
@@ -155,7 +160,11 @@ class Bf16Layout(FlatLayout):
 
 
 class ShardedLayout:
-    """Stage 3: every parameter cut into equal parts, one a rank, the last one padded; parts flattened by sub-group."""
+    """Stage 3: every parameter cut into equal parts, one a rank, the last one padded; parts flattened by sub-group.
+
+    With `engine.offload_optimizer: nvme` masters and moments of a sub-group lie on a disk, and their tensors are empty,
+    but for sub-groups below 1 MiB.
+    """
 
     def __init__(self, wrapper: Any, names: dict[int, str], ranks: Ranks) -> None:
         self.optimizer = wrapper.optimizer
@@ -163,24 +172,44 @@ class ShardedLayout:
         self._names = names
         self._rank = ranks.rank
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self, *, to_fill: bool = False) -> Iterator[Fragment]:
         """This rank's part of every parameter, without the padding."""
-        for weights, flat in zip(self._wrapper.fp16_groups, self._wrapper.fp32_partitioned_groups_flat, strict=True):
-            offset = 0
-            for weight in weights:
-                length = weight.ds_tensor.ds_numel
-                start = self._rank * length
-                own = min(length, weight.ds_numel - start)
-                if own > 0:
-                    yield Fragment(self._names[id(weight)], start, own, flat, offset)
-                offset += length
+        wrapper = self._wrapper
+        if to_fill and wrapper.swap_optimizer:
+            wrapper.optimizer_swapper.purge_state()
+        for number, weights in enumerate(wrapper.fp16_groups):
+            with self._in_memory(number, changed=to_fill) as flat:
+                offset = 0
+                for weight in weights:
+                    length = weight.ds_tensor.ds_numel
+                    start = self._rank * length
+                    own = min(length, weight.ds_numel - start)
+                    if own > 0:
+                        yield Fragment(self._names[id(weight)], start, own, flat, offset)
+                    offset += length
+
+    @contextmanager
+    def _in_memory(self, number: int, *, changed: bool = False) -> Iterator[Tensor]:
+        """The masters of a sub-group, and the moments of the optimizer, in memory; then back to where they belong."""
+        wrapper = self._wrapper
+        swapped = wrapper._swappable_optimizer_subgroup(number)
+        if swapped:
+            wrapper._optimizer_states_and_gradient_swap_in(number)
+        try:
+            yield wrapper.fp32_partitioned_groups_flat[number]
+        finally:
+            if swapped and changed:
+                wrapper._optimizer_states_and_gradient_swap_out(number)
+            elif swapped:
+                wrapper._release_swap_buffers(number)
 
     def refresh_weights(self) -> None:
         """Round the masters into the parts, and gather again what DeepSpeed keeps gathered."""
         wrapper = self._wrapper
         wrapper._partition_all_parameters()
         for number in range(len(wrapper.fp16_groups)):
-            wrapper._reassign_or_swap_out_partitioned_parameters(number)
+            with self._in_memory(number):
+                wrapper._reassign_or_swap_out_partitioned_parameters(number)
         if wrapper.persistent_parameters:
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 

@@ -26,7 +26,8 @@ class MainGradients:
         """Let every sum start from zeros that stay in one place, as a graph needs it that was recorded once."""
         if self._moves or self.at_weights:
             for name, _, master in self._pairs:
-                master.grad = self._sum(name, master).zero_()
+                master.grad = self._sum(name, master)
+            torch._foreach_zero_(list(self._sums.values()))
 
     @torch.no_grad()
     def move(self) -> None:

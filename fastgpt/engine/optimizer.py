@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from fastgpt_kernels import FusedAdamW
-from fastgpt_kernels.optim import OptimBackend
+from fastgpt_kernels.optim_arguments import OptimBackend
 from torch import Tensor
 
 from fastgpt.config import KernelsConfig, TrainConfig
 from fastgpt.model.init import decays
+from fastgpt.model.levels import levels
 
 
 def adam(
@@ -22,6 +23,9 @@ def adam(
 ) -> FusedAdamW:
     """AdamW or GPT-1's own Adam (`train.optimizer`), with decay on matrices and tables only.
 
+    Where levels of the model are trained unlike (`train.layer_lr_decay`, `train.unfreeze_every`) each is a group of its
+    own, whose rate is the update's times `rate_scale`, or 0 as long as its `level` is frozen.
+
     Args:
         parameters: what is to be updated, by parameter name.
         shapes: the whole shape of each parameter, which a sharded tensor does not show.
@@ -29,11 +33,20 @@ def adam(
         kernels: whose backend updates.
         working: pairs of a parameter and its copy in 16 bits, which each update brings in line.
     """
+    heights = levels(parameters)
+    alike = train.layer_lr_decay == 1 and train.unfreeze_every is None
+    top = max(heights.values())
     groups: list[dict[str, Any]] = []
-    for decay, weight_decay in ((True, train.weight_decay), (False, 0.0)):
-        members = [p for name, p in parameters.items() if decays(shapes[name]) is decay]
-        if members:
-            groups.append({"params": members, "weight_decay": weight_decay})
+    for level in [top] if alike else range(top + 1):
+        for decay, weight_decay in ((True, train.weight_decay), (False, 0.0)):
+            members = [
+                p
+                for name, p in parameters.items()
+                if (alike or heights[name] == level) and decays(shapes[name]) is decay
+            ]
+            if members:
+                scale = train.layer_lr_decay ** (level - top)
+                groups.append({"params": members, "weight_decay": weight_decay, "level": level, "rate_scale": scale})
     return FusedAdamW(
         groups,
         lr=train.lr,
@@ -50,10 +63,10 @@ def optimizer_backend(kernels: KernelsConfig) -> OptimBackend:
     return "auto" if kernels.backend in ("auto", "triton") else "torch"
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, frozen_levels: int = 0) -> None:
     """Give every parameter group the learning rate of the coming update."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"] if group["level"] >= frozen_levels else 0.0
 
 
 def updates_applied(optimizer: torch.optim.Optimizer) -> int:

@@ -1,34 +1,47 @@
 """Which number format a run computes in, and the loss scale that fp16 needs."""
 
 import logging
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from fastgpt.errors import UserError
+from fastgpt.config import DEVICE
+from fastgpt.errors import SharedError, UserError
 
 log = logging.getLogger(__name__)
 
 # how much faster a product must be in bf16, which costs digits and a master copy of the weights
 WORTH_IT = 1.2
 
+DIVERGED = "fp16 gradients overflow even unscaled: the run has diverged. Lower train.lr or use engine.precision=bf16"
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+def resolve_device(name: str, gpu: int = 0, *, setting: str = "engine.device") -> torch.device:
     """`auto` is this rank's GPU where there is one, else the CPU.
 
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        gpu: this rank's, by its number among those that it sees.
+        setting: what the user calls the name, for errors.
+
     Raises:
-        UserError: a GPU that is not there.
+        UserError: another name, or a GPU that is not there.
     """
+    if not re.fullmatch(DEVICE, name):
+        raise UserError(f"{setting}: {name!r} is not known; allowed: auto, cpu, cuda, cuda:N")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(name.partition(":")[2]) if ":" in name else local_rank
+    index = int(name.partition(":")[2]) if ":" in name else gpu
     if index >= count:
         available = f"cuda:0 to cuda:{count - 1}" if count else "cpu only"
-        raise UserError(f"engine.device: {name} asks for GPU {index}, and this machine has {available}")
+        raise UserError(f"{setting}: {name} asks for GPU {index}, and this machine has {available}")
     return torch.device("cuda", index)
 
 
@@ -84,17 +97,30 @@ class LossScale:
         """Take note of one update.
 
         Raises:
-            UserError: an overflow although the scale is as small as it may be.
+            SharedError: an overflow although the scale is as small as it may be.
         """
         if overflow:
             if self.scale <= self.smallest:
-                raise UserError(
-                    "fp16 gradients overflow even unscaled: the run has diverged. "
-                    "Lower train.lr or use engine.precision=bf16"
-                )
+                raise SharedError(DIVERGED)
             self.scale = max(self.scale / 2, self.smallest)
             self.clean = 0
             return
         if self.clean and self.clean % self.window == 0:
             self.scale *= 2
         self.clean += 1
+
+
+@contextmanager
+def told_of_divergence() -> Iterator[None]:
+    """Raise `LossScale`'s error where DeepSpeed's loss scale, counted alike, is as small as it may be.
+
+    Raises:
+        SharedError: see there; all ranks see the same overflow.
+    """
+    try:
+        yield
+    except Exception as problem:
+        # it has no class of its own for this
+        if "loss scale already at minimum" not in str(problem):
+            raise
+        raise SharedError(DIVERGED) from problem

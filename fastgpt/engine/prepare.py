@@ -9,6 +9,7 @@ from fastgpt.config import Config
 from fastgpt.engine.base import Engine
 from fastgpt.engine.ranks import Ranks
 from fastgpt.model.gpt import GPT
+from fastgpt.model.init import InitialValues, initial_values
 
 
 def prepare(
@@ -19,8 +20,9 @@ def prepare(
     precision: str,
     device: torch.device,
     ranks: Ranks,
+    values: InitialValues | None = None,
 ) -> Engine:
-    """An engine with a freshly initialised model.
+    """An engine with a model that has not been updated yet.
 
     Args:
         build: makes the model; a function, so that ZeRO-3 can shard each module as it is made.
@@ -29,11 +31,13 @@ def prepare(
         precision: fp32, bf16 or fp16.
         device: this rank's device.
         ranks: the run's processes.
+        values: what the parameters start with; by default those of a model that begins to train. Rank 0's count.
     """
+    values = values or initial_values(config.model, config.train.seed)
     if kind == "single":
         from fastgpt.engine.single import SingleProcess
 
-        return SingleProcess(build, config, precision, device)
+        return SingleProcess(build, config, precision, device, values=values)
     from fastgpt.engine.zero import DeepSpeedZero
 
-    return DeepSpeedZero(build, config, precision, device, ranks)
+    return DeepSpeedZero(build, config, precision, device, ranks, values)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastgpt.engine.host import to_host
 from fastgpt.errors import SharedError, UserError
 from fastgpt.launchers import ALONE, LOOPBACK, Launch
 
@@ -24,6 +25,8 @@ class Ranks:
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank
         self.local_world_size = launch.local_world_size
+        # somebody asks this rank to end the run: the next update that is begun tells it to all
+        self.stop_asked = False
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -61,18 +64,17 @@ class Ranks:
 
     def gather_floats(self, values: torch.Tensor) -> torch.Tensor:
         """Stack a (n,) tensor from every rank into (world_size, n), float64 on the CPU."""
-        values = values.detach().to(self._device, torch.float64)
+        return self.begin_to_gather(values)()
+
+    def begin_to_gather(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The same, begun; what comes back waits for it, and on GPUs for nothing that is asked of them later."""
+        values = values.detach().double()
         if self.world_size == 1:
-            return values[None].cpu()
+            return to_host(values[None])
+        values = values.to(self._device)
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(parts, values)
-        return torch.stack(parts).cpu()
-
-    def any(self, flag: bool) -> bool:
-        """True on every rank where it is true on one."""
-        if self.world_size == 1:
-            return flag
-        return bool(self.gather_floats(torch.tensor([float(flag)])).any())
+        return to_host(torch.stack(parts))
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         """The JSON value of `work()`, which only rank 0 does; its user's error is raised on every rank."""
@@ -129,7 +131,7 @@ def _tell_libraries(launch: Launch) -> None:
         "MASTER_PORT": str(launch.port or _free_port()),
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.world_size),
-        "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_RANK": str(launch.gpu),  # by which DeepSpeed chooses a GPU
         "LOCAL_WORLD_SIZE": str(launch.local_world_size),
     }
     for variable, value in known.items():

@@ -1,29 +1,30 @@
 """One process, no DeepSpeed: the plain form of an update, which the other engine is held to."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastgpt_kernels import grad_norm
 from torch import Tensor
 
 from fastgpt.config import Config
-from fastgpt.data.source import Batch
-from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.data.source import RankBatch
+from fastgpt.engine.base import Pending, dropout_seed, told
 from fastgpt.engine.compiled import compile_blocks
 from fastgpt.engine.cuda_graph import CudaGraphs, GraphedMicroStep, Recorder
+from fastgpt.engine.evaluating import Evaluating
 from fastgpt.engine.main_gradients import MainGradients
 from fastgpt.engine.micro_step import MicroStep
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
 from fastgpt.engine.phases import Phases
 from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
-from fastgpt.engine.schedule import learning_rate
+from fastgpt.engine.schedule import frozen_levels, learning_rate
 from fastgpt.engine.state import Fragment, Progress, check_parameters, read_state, restored_scale, write_state
-from fastgpt.model.cache import CachedLogits
 from fastgpt.model.gpt import GPT
-from fastgpt.model.init import initialise
+from fastgpt.model.init import InitialValues, initial_values, initialise
+from fastgpt.model.levels import number_of_levels
 
 
 class SingleProcess:
@@ -36,17 +37,19 @@ class SingleProcess:
         precision: str,
         device: torch.device,
         recorder: Recorder | None = None,
+        values: InitialValues | None = None,
     ) -> None:
-        """Build and initialise the model; a `recorder` makes the micro-step one graph, by default CUDA's on a GPU."""
+        """Build the model with its first values; a `recorder` makes the micro-step one graph, by default CUDA's."""
         self.ranks = Ranks()
         self.step = 0
         self._config = config
         self._device = device
         self._model = build().to(DTYPES[precision]).to(device)
-        initialise(self._model, config.train.seed)
+        initialise(self._model, values or initial_values(config.model, config.train.seed))
         if config.engine.compile:
             compile_blocks(self._model.blocks)
         self._weights = dict(self._model.named_parameters())
+        self._levels = number_of_levels(self._weights)
         self._low = precision != "fp32"
         # the master starts from the rounded weight, as it does under DeepSpeed
         self._masters = (
@@ -62,12 +65,14 @@ class SingleProcess:
         plain = MicroStep(
             self._model, self._gradients, device, checkpoint_activations=config.train.activation_checkpointing
         )
+        self._plain = plain
         self._micro_step: MicroStep | GraphedMicroStep = plain
-        if recorder is None and device.type == "cuda" and config.engine.cuda_graph:
+        unchanging = config.train.unfreeze_every is None  # what is differentiated, as a graph needs it
+        if recorder is None and device.type == "cuda" and config.engine.cuda_graph and unchanging:
             recorder = CudaGraphs()
         if recorder is not None:
             self._micro_step = GraphedMicroStep(plain, self._weights, recorder)
-        self._sampler: CachedLogits | None = None
+        self._evaluating = Evaluating(self._model, config.model, DTYPES[precision], device)
 
     @property
     def phases(self) -> Phases:
@@ -78,7 +83,7 @@ class SingleProcess:
     def phases(self, observer: Phases) -> None:
         self._micro_step.phases = observer
 
-    def update(self, batch: Batch) -> Pending:
+    def update(self, batch: RankBatch) -> Pending:
         """Begin one update from all micro-batches of the batch.
 
         On a GPU the host goes on while the device computes: it waits when the update is read, and under fp16, whose
@@ -88,40 +93,32 @@ class SingleProcess:
         rate = learning_rate(self.step, self._config.train)
         scale = self._scale.scale if self._scale else 1.0
         factor = scale / len(batch.micro_batches)  # which a ramp of the batch changes
+        frozen = frozen_levels(self.step, self._config.train, self._levels)
+        self._plain.frozen_levels = frozen
         self._micro_step.start_update()
         losses = [
-            self._micro_step(tokens, dropout_seed(self._config, self.step, index), factor)
-            for tokens, index in zip(batch.tokens, batch.micro_batches, strict=True)
+            self._micro_step(part, dropout_seed(self._config, self.step, index), factor)
+            for part, index in zip(batch.parts, batch.micro_batches, strict=True)
         ]
         with self.phases("optimizer"):
             norm = grad_norm(self._gradients.all(), backend=optimizer_backend(self._config.kernels)) / scale
-            set_learning_rate(self._optimizer, rate)
+            set_learning_rate(self._optimizer, rate, frozen)
             self._optimizer.step(gradient_scale=gradient_factor(norm, self._config.train.clip, scale))
-            self._sampler = None
+            self._evaluating.forget()
             if self._scale:
                 self._scale.update(overflow=not norm.isfinite())
             self._gradients.clear()
 
-        def read(step: int = self.step) -> Update:
-            loss, size = global_loss(self.ranks, losses), float(norm)
-            applied = math.isfinite(size)
-            return Update(step, loss, size if applied else math.inf, rate, applied)
-
+        read = told(self.ranks, self.step, losses, norm, rate)
         return Pending(read, done=self._device.type == "cpu" or self._scale is not None)
 
-    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
-        """Summed loss (nats) of a batch, dropout off."""
-        with torch.no_grad():
-            self._model.eval()
-            return float(self._model(inputs.to(self._device), targets=targets.to(self._device), reduction="sum"))
+    def outputs(self, arguments: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """What the model gives, dropout off."""
+        return self._evaluating.outputs(arguments, **options)
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
-        self._model.eval()
-        if self._sampler is None:
-            dtype = next(iter(self._weights.values())).dtype
-            self._sampler = CachedLogits(self._model, self._config.model, dtype=dtype, device=self._device)
-        return self._sampler(tokens).float().cpu()
+        return self._evaluating.last_logits(tokens)
 
     def model_state(self) -> dict[str, Tensor]:
         """The working weights by name, on the CPU."""
@@ -140,7 +137,7 @@ class SingleProcess:
         self.step = progress.step
         if self._scale:
             self._scale = restored_scale(progress)
-        self._sampler = None
+        self._evaluating.forget()
         if self._low:
             self._round_masters()
 

@@ -5,7 +5,7 @@ has said which pieces lie where (`Fragment`), saving and loading are the same fo
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +41,16 @@ class Progress(NamedTuple):
 
 
 def write_state(
-    folder: Path, rank: int, fragments: Sequence[Fragment], optimizer: Optimizer, progress: Progress
+    folder: Path, rank: int, fragments: Iterable[Fragment], optimizer: Optimizer, progress: Progress
 ) -> None:
     """Write this rank's fragments, and on rank 0 where the engine stands."""
-    slices = []
+    write_slices(folder, rank, _slices(fragments, optimizer, progress))
+    if rank == 0:
+        (folder / "engine.json").write_text(json.dumps(progress._asdict()))
+
+
+def _slices(fragments: Iterable[Fragment], optimizer: Optimizer, progress: Progress) -> Iterator[Slice]:
+    """Masters and moments, one piece at a time: the next may displace this one in memory."""
     for piece in fragments:
         if not piece.written:
             continue
@@ -55,14 +61,11 @@ def write_state(
             tensors |= {kind: state[kind] for kind in MOMENTS}
         for kind, tensor in tensors.items():
             values = tensor.reshape(-1)[piece.offset : piece.offset + piece.length]
-            slices.append(Slice(piece.parameter, kind, piece.start, values))
-    write_slices(folder, rank, slices)
-    if rank == 0:
-        (folder / "engine.json").write_text(json.dumps(progress._asdict()))
+            yield Slice(piece.parameter, kind, piece.start, values)
 
 
 @torch.no_grad()
-def read_state(folder: Path, fragments: Sequence[Fragment], optimizer: Optimizer) -> Progress:
+def read_state(folder: Path, fragments: Iterable[Fragment], optimizer: Optimizer) -> Progress:
     """Fill masters and moments from a training state, whatever layout wrote it.
 
     Raises:

@@ -5,34 +5,35 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from fastgpt_kernels import grad_norm
 from torch import Tensor
 
 from fastgpt.config import Config
-from fastgpt.data.source import Batch
-from fastgpt.engine.base import Pending, Update, dropout_seed, global_loss
+from fastgpt.data.source import MicroBatch, RankBatch
+from fastgpt.engine.base import Pending, dropout_seed, told
 from fastgpt.engine.compiled import compile_blocks
-from fastgpt.engine.deepspeed_settings import deepspeed_settings
-from fastgpt.engine.host import to_device
+from fastgpt.engine.deepspeed_schema import Key, check_further_keys
+from fastgpt.engine.deepspeed_settings import deepspeed_settings, our_settings
+from fastgpt.engine.evaluating import Evaluating
 from fastgpt.engine.layouts import PlainLayout, layout_of
+from fastgpt.engine.micro_step import arguments_of
 from fastgpt.engine.optimizer import adam, gradient_factor, optimizer_backend, set_learning_rate, updates_applied
 from fastgpt.engine.phases import Phases, unobserved
-from fastgpt.engine.precision import DTYPES, LossScale
+from fastgpt.engine.precision import DTYPES, LossScale, told_of_divergence
 from fastgpt.engine.ranks import Ranks
-from fastgpt.engine.schedule import learning_rate
+from fastgpt.engine.schedule import frozen_levels, learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
-from fastgpt.errors import UserError
-from fastgpt.model.cache import CachedLogits
+from fastgpt.engine.swap_folder import SwapFolder
+from fastgpt.errors import SharedError, UserError
 from fastgpt.model.gpt import GPT
-from fastgpt.model.init import initial_value, initialise
+from fastgpt.model.init import InitialValues, initial_values, initialise
+from fastgpt.model.levels import number_of_levels
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,13 @@ class DeepSpeedZero:
     """An update on every rank at once; the numerics of `SingleProcess`, summed in another order."""
 
     def __init__(
-        self, build: Callable[[], GPT], config: Config, precision: str, device: torch.device, ranks: Ranks
+        self,
+        build: Callable[[], GPT],
+        config: Config,
+        precision: str,
+        device: torch.device,
+        ranks: Ranks,
+        values: InitialValues | None = None,
     ) -> None:
         deepspeed = _import_deepspeed(device, ranks.local_rank)
         self.ranks = ranks
@@ -59,11 +66,16 @@ class DeepSpeedZero:
                 precision,
                 precision,
             )
-        settings = deepspeed_settings(config, precision, ranks.world_size)
+        if device.type == "cpu" and "cpu" in (config.engine.offload_optimizer, config.engine.offload_parameters):
+            log.warning("engine.device is cpu: what is offloaded to the CPU stays in the same memory, and saves none")
+        self._swap_folder = _swap_folder(config, deepspeed, ranks)
+        nvme_folder = str(self._swap_folder.path) if self._swap_folder else None
+        settings = deepspeed_settings(config, precision, ranks.world_size, nvme_folder=nvme_folder)
         with _prints_logged():
             # takes over torch's process group, which ZeRO-3's sharded construction needs already
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-            self._model = self._build(build, deepspeed, settings)
+            values = values or initial_values(config.model, config.train.seed)
+            self._model = self._build(build, values, deepspeed, settings)
         if config.engine.compile:
             self._compile(deepspeed)
         self._weights = dict(self._model.named_parameters())
@@ -74,49 +86,40 @@ class DeepSpeedZero:
                 model=self._model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         self._layout = layout_of(self._engine.optimizer, self._stage, self._weights, ranks)
-        self._sampler: CachedLogits | None = None
+        self._evaluating = Evaluating(self._engine, config.model, DTYPES[precision], device)
 
-    def update(self, batch: Batch) -> Pending:
+    def update(self, batch: RankBatch) -> Pending:
         """Begin one update from this rank's micro-batches."""
         self.step += 1
         rate = learning_rate(self.step, self._config.train)
-        set_learning_rate(self._layout.optimizer, rate)
-        self._sampler = None
+        self._frozen_levels = frozen_levels(self.step, self._config.train, number_of_levels(self._weights))
+        set_learning_rate(self._layout.optimizer, rate, self._frozen_levels)
+        self._evaluating.forget()
         skipped = self._engine.skipped_steps
         losses: list[Tensor] = []
         self._engine.train()
-        self._accumulate_over(len(batch.tokens))
-        for position, (tokens, index) in enumerate(zip(batch.tokens, batch.micro_batches, strict=True)):
+        self._accumulate_over(len(batch.parts))
+        for position, (part, index) in enumerate(zip(batch.parts, batch.micro_batches, strict=True)):
             if losses:
                 self._engine.step()  # counts micro-batches: the step after the last one is the update
-            self._engine.set_gradient_accumulation_boundary(position == len(batch.tokens) - 1)
-            losses.append(self._accumulate(tokens, index))
+            self._engine.set_gradient_accumulation_boundary(position == len(batch.parts) - 1)
+            losses.append(self._accumulate(part, index))
         with self.phases("optimizer"):
             norm = self._clip() if isinstance(self._layout, PlainLayout) else None
-            self._engine.step()
+            with told_of_divergence():
+                self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm() if self._engine.skipped_steps == skipped else math.inf
-
-        def read(step: int = self.step) -> Update:
-            loss, size = global_loss(self.ranks, losses), float(norm)
-            applied = math.isfinite(size)
-            return Update(step, loss, size if applied else math.inf, rate, applied)
-
+        read = told(self.ranks, self.step, losses, norm, rate)
         return Pending(read, done=self._device.type == "cpu")
 
-    def evaluation_loss(self, inputs: Tensor, targets: Tensor) -> float:
-        """Summed loss (nats) of this rank's batch, dropout off."""
-        with torch.no_grad():
-            self._engine.eval()
-            return float(self._engine(inputs.to(self._device), targets=targets.to(self._device), reduction="sum"))
+    def outputs(self, arguments: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """What the model gives, dropout off."""
+        return self._evaluating.outputs(arguments, **options)
 
     def last_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) float32 on the CPU after the last token."""
-        self._engine.eval()
-        if self._sampler is None:
-            dtype = DTYPES[self._precision]
-            self._sampler = CachedLogits(self._engine, self._config.model, dtype=dtype, device=self._device)
-        return self._sampler(tokens).float().cpu()
+        return self._evaluating.last_logits(tokens)
 
     def model_state(self) -> dict[str, Tensor] | None:
         """The working weights by name on rank 0's CPU, gathered one at a time."""
@@ -131,32 +134,30 @@ class DeepSpeedZero:
         """Write the fp32 pieces that this rank owns."""
         scale = self._layout.loss_scale() if self._precision == "fp16" else LossScale()
         progress = Progress(self.step, updates_applied(self._layout.optimizer), scale.scale, scale.clean)
-        fragments = list(self._layout.fragments())
-        write_state(folder, self.ranks.rank, fragments, self._layout.optimizer, progress)
+        write_state(folder, self.ranks.rank, self._layout.fragments(), self._layout.optimizer, progress)
 
     def read(self, folder: Path) -> None:
         """Take up a training state, whatever engine and world size wrote it."""
         check_parameters(folder, list(self._weights))
-        progress = read_state(folder, list(self._layout.fragments()), self._layout.optimizer)
+        progress = read_state(folder, self._layout.fragments(to_fill=True), self._layout.optimizer)
         self.step = progress.step
         if self._precision == "fp16":
             self._layout.set_loss_scale(restored_scale(progress))
         self._layout.refresh_weights()
-        self._sampler = None
+        self._evaluating.forget()
 
-    def _build(self, build: Callable[[], GPT], deepspeed: Any, settings: dict[str, Any]) -> GPT:
+    def _build(self, build: Callable[[], GPT], values: InitialValues, deepspeed: Any, settings: dict[str, Any]) -> GPT:
         """The model with its initial values, at stage 3 sharded as each module is made."""
-        seed = self._config.train.seed
         if self._stage < 3:
             model = build().to(DTYPES[self._precision]).to(self._device)
-            initialise(model, seed)
+            initialise(model, values)
             return model
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model = build()
         for name, parameter in model.named_parameters():
             with self._gathered([parameter], modifier_rank=0), torch.no_grad():
                 if self.ranks.rank == 0:
-                    parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))
+                    parameter.copy_(values(name, tuple(parameter.shape)))
         return model
 
     def _compile(self, deepspeed: Any) -> None:
@@ -166,17 +167,17 @@ class DeepSpeedZero:
             deepspeed.utils.set_z3_leaf_module(block, True)
         compile_blocks(self._model.blocks)
 
-    def _accumulate(self, tokens: npt.NDArray[np.int64], micro_batch: int) -> Tensor:
-        """Add one micro-batch's gradient to those of the update; returns its mean loss. tokens (B, T + 1)."""
+    def _accumulate(self, part: MicroBatch, micro_batch: int) -> Tensor:
+        """Add one micro-batch's gradient to those of the update; returns its mean loss."""
         with self.phases("data"):
-            x = to_device(tokens, self._device)
+            arguments = arguments_of(part, self._device)
         with self.phases("forward"):
             loss: Tensor = self._engine(
-                x[:, :-1],
-                targets=x[:, 1:],
+                **arguments,
                 dropout_seed=dropout_seed(self._config, self.step, micro_batch),
                 checkpoint_activations=self._config.train.activation_checkpointing,
                 loss_gradient=self._loss_gradient(),
+                frozen_levels=self._frozen_levels,
             )
         with self.phases("backward"):
             self._engine.backward(loss)
@@ -211,6 +212,49 @@ class DeepSpeedZero:
             for parameter in self._weights.values():
                 parameter.grad = None
         return float(norm)
+
+
+def check_deepspeed(config: Config, device: torch.device, local_rank: int, place: Callable[[Key], str]) -> None:
+    """Check a user's own keys of DeepSpeed's configuration against the DeepSpeed that is installed.
+
+    Args:
+        config: the settings.
+        device: this rank's.
+        local_rank: of this process on its host.
+        place: "file:line" of a setting, by its name in parts.
+
+    Raises:
+        UserError: a key that DeepSpeed does not know, or a value that it refuses; or it is not installed.
+    """
+    if config.engine.deepspeed:
+        deepspeed = _import_deepspeed(device, local_rank)
+        precision = "bf16" if config.engine.precision == "auto" else config.engine.precision
+        ours = our_settings(config, precision, world_size=1)
+        check_further_keys(ours, config.engine.deepspeed, deepspeed.runtime.config.DeepSpeedConfig, place)
+
+
+def _swap_folder(config: Config, deepspeed: Any, ranks: Ranks) -> SwapFolder | None:
+    """This rank's folder on a disk, where `nvme` is asked for.
+
+    Raises:
+        SharedError: on some host it cannot be, or DeepSpeed cannot read and write there.
+    """
+    if config.engine.nvme_folder is None:
+        return None
+    folder = problem = None
+    try:
+        if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(
+                "nvme: DeepSpeed reads and writes a disk by libaio, whose headers or library are missing here. "
+                "Install them (Debian: apt install libaio-dev), or offload to cpu"
+            )
+        folder = SwapFolder(Path(config.engine.nvme_folder))
+    except UserError as reason:
+        problem = str(reason)
+    problems = {one for one in ranks.gather(problem) if one}
+    if problems:
+        raise SharedError("; ".join(sorted(problems)))
+    return folder
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
 """Models to and from the layout of Hugging Face's OpenAIGPTLMHeadModel and GPT2LMHeadModel.
 
-Theirs keeps weights of its Conv1D as (in, out), ours as (out, in); otherwise the two differ in names only.
+Theirs keeps weights of its Conv1D as (in, out), ours as (out, in); otherwise the two differ in names only. What is read
+has `embedding: separate`, as theirs.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,7 +18,9 @@ from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT
 from fastgpt.model.layers import EPSILON
-from fastgpt.model.state import model_from_state
+from fastgpt.model.state import model_from_state, split_table
+
+log = logging.getLogger(__name__)
 
 BLOCK_NAMES = {
     "norm_1": "ln_1",
@@ -61,7 +65,9 @@ LINEAR = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 def to_hugging_face(model: GPT) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, in their own dtype, and the config.json of the same model in transformers.
 
-    The tied `lm_head.weight` is left out, as transformers leaves it out of its files.
+    The tied `lm_head.weight` is left out, as transformers leaves it out of its files. A table of tokens and positions
+    becomes two: theirs gives the same logits of the tokens, but its softmax does not span the positions; the log says
+    so.
 
     Raises:
         UserError: neither of the two models of transformers computes what this one does.
@@ -73,10 +79,13 @@ def to_hugging_face(model: GPT) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "all earlier positions in every layer; only models with attention: dense can"
         )
     kind = "gpt2" if config.norm == "pre" else "openai-gpt"
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if config.embedding == "table":
+        log.warning("transformers has no softmax over positions: its loss of this model is slightly lower than ours")
+        parameters = split_table(parameters, config.vocab_size)
     state = {}
-    for name, parameter in model.named_parameters():
+    for name, tensor in parameters.items():
         theirs = f"transformer.{_their_name(name, kind)}"
-        tensor = parameter.detach()
         state[theirs] = tensor.t().contiguous() if LINEAR.search(theirs) else tensor
     settings: dict[str, Any] = {
         "model_type": kind,

@@ -10,8 +10,9 @@ from fastgpt.errors import UserError
 from fastgpt.model.block import PostNormBlock, PreNormBlock
 from fastgpt.model.cache import KeyValueCache
 from fastgpt.model.dropout import Site, dropout_seeds, masks_of_layers
+from fastgpt.model.frozen import frozen
 from fastgpt.model.heads import language_model_loss
-from fastgpt.model.layers import AddLayerNorm, NoNorm, PositionEmbedding, TiedEmbedding
+from fastgpt.model.layers import AddLayerNorm, NoNorm, PositionEmbedding, TableEmbedding, TiedEmbedding
 from fastgpt.model.recompute import recomputed
 
 
@@ -23,14 +24,20 @@ class GPT(nn.Module):
 
     In training mode with `config.dropout` > 0, dropout acts on the embedding, on the attention weights and on the
     output of each residual branch (Radford et al. 2018, section 4.1). Its masks come from `dropout_seed` alone.
+
+    `embedding: table` keeps positions as rows of the token table, as OpenAI's code for GPT-1: see `TableEmbedding`.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.config = config
         self.ops = ops
-        self.token_embedding = TiedEmbedding(config.vocab_size, config.n_embd, ops)
-        self.position_embedding = PositionEmbedding(config.context, config.n_embd)
+        self.token_embedding: TiedEmbedding | TableEmbedding
+        if config.embedding == "table":
+            self.token_embedding = TableEmbedding(config.vocab_size, config.context, config.n_embd, ops)
+        else:
+            self.token_embedding = TiedEmbedding(config.vocab_size, config.n_embd, ops)
+            self.position_embedding = PositionEmbedding(config.context, config.n_embd)
         block = PreNormBlock if config.norm == "pre" else PostNormBlock
         self.blocks = nn.ModuleList(block(config, ops, config.window_of(layer)) for layer in range(config.n_layer))
         self.final_norm = AddLayerNorm(config.n_embd, ops) if config.norm == "pre" else NoNorm()
@@ -46,6 +53,7 @@ class GPT(nn.Module):
         cache: KeyValueCache | None = None,
         last_only: bool = False,
         loss_gradient: float | Tensor | None = None,
+        frozen_levels: int = 0,
     ) -> Tensor:
         """Logits of the token that follows each position, or how well they tell the targets.
 
@@ -60,19 +68,28 @@ class GPT(nn.Module):
             last_only: compute the logits of the last position only.
             loss_gradient: what the caller will multiply the loss by before its backward pass, a number or one float32;
                 not needed, but known in advance it saves a pass over the logits.
+            frozen_levels: of `fastgpt.model.levels`, from the bottom, whose gradients are to be zeros.
 
         Returns:
             (B, T, V), or (B, V) with `last_only`, in the dtype of the parameters. With targets the loss in nats, in
-            float32 at least: a scalar, or (B, T) for "none".
+            float32 at least: a scalar, or (B, T) for "none". With `embedding: table` the logits have a column for each
+            position too, (B, T, V + context), which the loss is of; those with `last_only` have not.
 
         Raises:
             UserError: T is out of range; dropout is active and has no seed, or a cache; several tokens come after those
                 of a cache.
         """
-        x = self.hidden(tokens, dropout_seed=dropout_seed, checkpoint_activations=checkpoint_activations, cache=cache)
-        logits: Tensor = self.token_embedding(x[:, -1] if last_only else x)
+        p, seeds = self._dropout(dropout_seed, tokens.device)
+        x = self.hidden(
+            tokens,
+            dropout_seed=seeds,
+            checkpoint_activations=checkpoint_activations,
+            cache=cache,
+            frozen_levels=frozen_levels,
+        )
+        logits = self.logits(x[:, -1] if last_only else x, p, seeds, frozen_levels)
         if targets is None:
-            return logits
+            return logits[:, : self.config.vocab_size] if last_only else logits
         # nobody else has these logits: their memory is free to take their gradient
         consume = torch.is_grad_enabled()
         return language_model_loss(self.ops, logits, targets, reduction, consume=consume, loss_gradient=loss_gradient)
@@ -84,6 +101,7 @@ class GPT(nn.Module):
         dropout_seed: int | Tensor | None = None,
         checkpoint_activations: bool = False,
         cache: KeyValueCache | None = None,
+        frozen_levels: int = 0,
     ) -> Tensor:
         """The final hidden states (B, T, N), which the output matrix turns into logits; arguments as for `forward`."""
         length = tokens.shape[1]
@@ -95,10 +113,10 @@ class GPT(nn.Module):
         layers = masks_of_layers(p, seeds, self.config.n_layer)
         caches = cache.layers(length) if cache else [None] * self.config.n_layer
         branch = None
-        stream = self.position_embedding(
-            tokens, table=self.token_embedding, start=start, p=p, seed=layers[0].seed_at(Site.EMBEDDING)
-        )
-        for block, masks, kept in zip(self.blocks, layers, caches, strict=True):
+        stream = self._embedded(tokens, start, p, layers[0].seed_at(Site.EMBEDDING))
+        for level, (block, masks, kept) in enumerate(zip(self.blocks, layers, caches, strict=True), start=1):
+            if frozen_levels == level:
+                stream, branch = frozen(stream), None if branch is None else frozen(branch)
             if checkpoint_activations:
                 branch, stream = recomputed(block, branch, stream, masks, self.ops, cache=kept)
             else:
@@ -106,7 +124,20 @@ class GPT(nn.Module):
         if cache:
             cache.length += length
         normed: Tensor = self.final_norm(branch, stream, p, layers[-1].seed_at(Site.MLP_OUTPUT))[0]
-        return normed
+        return frozen(normed, when=frozen_levels > self.config.n_layer)
+
+    def logits(self, x: Tensor, p: float, seeds: Tensor | None, frozen_levels: int = 0) -> Tensor:
+        """Hidden states (..., N) -> logits; p and seeds of the masks, which OpenAI's one table has here too."""
+        seed = None if seeds is None else seeds[0, Site.EMBEDDING]
+        found: Tensor = self.token_embedding(x, p=p, seed=seed, frozen_table=frozen_levels > 0)
+        return found
+
+    def _embedded(self, tokens: Tensor, start: int, p: float, seed: Tensor | None) -> Tensor:
+        if isinstance(self.token_embedding, TableEmbedding):
+            embedded: Tensor = self.token_embedding(tokens, start=start, p=p, seed=seed)
+        else:
+            embedded = self.position_embedding(tokens, table=self.token_embedding, start=start, p=p, seed=seed)
+        return embedded
 
     def _check_length(self, start: int, length: int, cache: KeyValueCache | None) -> None:
         if length < 1 or start + length > self.config.context:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from fastgpt.config import ModelConfig
 from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
+
+InitialValues = Callable[[str, tuple[int, ...]], Tensor]
+"""The value that a parameter starts with, by its name and shape: any floating-point dtype, on the CPU."""
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
@@ -37,9 +40,14 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     return torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
+def initial_values(config: ModelConfig, seed: int) -> InitialValues:
+    """The initial values of a model that begins to train."""
+    return lambda name, shape: initial_value(name, shape, config, seed)
+
+
 @torch.no_grad()
-def initialise(model: GPT, seed: int) -> None:
-    """Give every parameter its initial value, in place, rounded to the parameter's dtype.
+def initialise(model: GPT, values: InitialValues) -> None:
+    """Give every parameter the value that it starts with, in place, rounded to the parameter's dtype.
 
     One value is drawn by one thread: as many are drawn at a time as PyTorch has threads.
     """
@@ -54,7 +62,7 @@ def initialise(model: GPT, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if len(drawn) >= 2 * threads:  # no more values than this wait in memory
                 take()
-            drawn[pool.submit(initial_value, name, tuple(parameter.shape), model.config, seed)] = parameter
+            drawn[pool.submit(values, name, tuple(parameter.shape))] = parameter
         while drawn:
             take()
 

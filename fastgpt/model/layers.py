@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from fastgpt_kernels import Ops
 from torch import Tensor, nn
 
+from fastgpt.model.frozen import frozen
+
 EPSILON = 1e-5  # of layer normalisation, in GPT-1 and GPT-2
 
 
@@ -69,15 +71,54 @@ class TiedEmbedding(nn.Module):
         self.ops = ops
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+        frozen_table: bool = False,
     ) -> Tensor:
         """Activations (..., width) -> logits (..., rows); with positions (at least T, width), the way in.
 
-        Tokens (B, T) then become dropout(token + position), (B, T, width).
+        Tokens (B, T) then become dropout(token + position), (B, T, width). On the way out nothing is dropped, and where
+        the table is frozen its gradient is zeros.
         """
         if positions is None:
-            return self.ops.logits(x, self.weight)
+            return self.ops.logits(x, frozen(self.weight, when=frozen_table))
         return self.ops.embedding(x, self.weight, positions, dropout_p=p, seed=seed)
+
+
+class TableEmbedding(nn.Module):
+    """A table of tokens and, below them, positions, which is the output matrix too: OpenAI's code for GPT-1.
+
+    Dropout acts on the table (V + T_max, width), so that a token lacks the same elements wherever it stands in the
+    batch, and in the output matrix. Each of the two uses draws the mask anew, from the same seed.
+    """
+
+    def __init__(self, tokens: int, positions: int, width: int, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(tokens + positions, width))
+        self.tokens = tokens
+        self.ops = ops
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        start: int | None = None,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+        frozen_table: bool = False,
+    ) -> Tensor:
+        """Activations (..., width) -> logits (..., V + T_max); with `start`, the way in.
+
+        Tokens (B, T) at positions from `start` on then become token + position, (B, T, width).
+        """
+        table = self.ops.dropout(self.weight, p, seed) if p else self.weight
+        if start is None:
+            return self.ops.logits(x, frozen(table, when=frozen_table))
+        return self.ops.embedding(x, table[: self.tokens], table[self.tokens + start :])
 
 
 class PositionEmbedding(nn.Module):

@@ -1,4 +1,4 @@
-"""A model around tensors that are already there."""
+"""A model around tensors that are already there, and its embedding in one table or in two."""
 
 from collections.abc import Mapping
 
@@ -9,6 +9,9 @@ from torch import Tensor
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT
+
+TOKENS = "token_embedding.weight"
+POSITIONS = "position_embedding.weight"
 
 
 def model_from_state(config: ModelConfig, ops: Ops, state: Mapping[str, Tensor], *, where: str = "state") -> GPT:
@@ -41,3 +44,19 @@ def model_from_state(config: ModelConfig, ops: Ops, state: Mapping[str, Tensor],
         raise UserError(f"{where}: its tensors mix {' and '.join(sorted(dtypes))}; choose one with the argument dtype")
     model.load_state_dict(dict(state), assign=True)
     return model
+
+
+def join_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a model with `embedding: separate` as those of one with `table`: positions below the tokens.
+
+    The model computes the same logits of the tokens, and more, of the positions; its dropout is another.
+    """
+    joined = dict(state)
+    joined[TOKENS] = torch.cat([state[TOKENS], joined.pop(POSITIONS)])
+    return joined
+
+
+def split_table(state: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """The inverse of `join_tables`, for a table whose first `vocab_size` rows are the tokens."""
+    table = state[TOKENS]
+    return {**state, TOKENS: table[:vocab_size], POSITIONS: table[vocab_size:]}

@@ -4,8 +4,20 @@ from typing import Literal, NamedTuple
 
 from fastgpt.config import Config
 
-Offload = Literal["none", "optimizer", "optimizer+parameters"]
+Where = Literal["none", "cpu", "nvme"]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Offload(NamedTuple):
+    """What is kept off the GPU, as `engine.offload_optimizer` and `engine.offload_parameters` have it."""
+
+    optimizer: Where = "none"
+    parameters: Where = "none"
+
+    @property
+    def kinds(self) -> str:
+        """`none`, `optimizer`, `parameters`, or `optimizer+parameters`."""
+        return "+".join(name for name, where in self._asdict().items() if where != "none") or "none"
 
 
 class Layout(NamedTuple):
@@ -16,7 +28,7 @@ class Layout(NamedTuple):
     micro_batch_size: int  # sequences of one forward pass on one GPU
     accumulation: int  # forward passes of an update on one GPU
     zero_stage: Literal[0, 1, 2, 3] = 0
-    offload: Offload = "none"
+    offload: Offload = Offload()
     checkpointing: bool = False
     deepspeed: bool = False
 
@@ -50,14 +62,15 @@ def as_configured(config: Config, gpus: int) -> Layout:
     """The layout that the settings ask for; with a batch that cannot be shared evenly, that of the nearest."""
     micro = config.train.micro_batch_size
     accumulation = max(1, round(config.micro_batches / gpus))
-    deepspeed = config.engine.kind == "deepspeed" or (config.engine.kind == "auto" and gpus > 1)
+    offloads = config.engine.offloads
+    deepspeed = config.engine.kind == "deepspeed" or (config.engine.kind == "auto" and (gpus > 1 or offloads))
     return Layout(
         gpus,
         precision_of(config),
         micro,
         accumulation,
         config.engine.zero_stage if deepspeed else 0,
-        "none",
+        Offload(config.engine.offload_optimizer, config.engine.offload_parameters),
         config.train.activation_checkpointing,
         deepspeed,
     )

@@ -7,12 +7,22 @@ from fastgpt.config import Config
 from fastgpt.errors import UserError
 from fastgpt.plan.hardware import Gpu, find_gpu
 from fastgpt.plan.layout import Layout, Offload, as_configured, precision_of, sequences_of
-from fastgpt.plan.memory import Memory, fits, needed
+from fastgpt.plan.memory import Memory, beside_the_graph, fits, host_memory, needed
 from fastgpt.plan.speed import CASES, Interconnect, Speed, collectives, speed
 from fastgpt.ramp import batch_tokens
 from fastgpt.sizes import parameter_count
 
 MOST_GPUS = 1_000_000
+# each takes less memory than the one before it, and more time
+OFFLOADS = (
+    Offload(),
+    Offload("cpu"),
+    Offload("cpu", "cpu"),
+    Offload("nvme", "cpu"),
+    Offload("nvme", "nvme"),
+)
+# layouts whose speeds differ by less are equals: a higher stage has more collectives, whose latency is left out
+INDIFFERENT = 0.01
 MASTER_AND_MOMENTS = 12  # bytes of a parameter's training state in a checkpoint
 
 
@@ -65,7 +75,7 @@ class Plan(NamedTuple):
     @property
     def host_bytes(self) -> int:
         """Of host memory for each GPU, for what is offloaded."""
-        return on_host(self.config, self.layout)
+        return host_memory(self.config, self.layout)
 
     @property
     def communication_bytes(self) -> int:
@@ -98,7 +108,8 @@ def make_plan(config: Config, request: Request) -> Plan:
     """The plan of a config on some GPUs.
 
     The fastest layout of those that fit, by its expected speed: at each ZeRO stage, with and without activation
-    checkpointing, with the largest micro-batch that fits. Offload is considered only where nothing fits without it.
+    checkpointing, with the largest micro-batch that fits. Offload is considered only where nothing fits without it, to
+    a disk only where nothing fits with the host's memory.
 
     Raises:
         UserError: a number out of its range, an unknown GPU, or several for `engine.kind: single`.
@@ -108,36 +119,32 @@ def make_plan(config: Config, request: Request) -> Plan:
         raise UserError(f"engine.kind: single runs on one GPU, not {request.gpus}; use engine.kind=auto, or --gpus 1")
     gpu = find_gpu(request.gpu)
     network = gpu.network if request.network is None else request.network
-    interconnect = Interconnect(request.per_node, gpu.link, network)
+    interconnect = Interconnect(request.per_node, gpu.link, network, request.disk)
     if request.as_configured:
         layout = as_configured(config, request.gpus)
         return _plan(config, request, gpu, interconnect, layout)
     host = gpu.host if request.host is None else request.host
-    for offload in ("none", "optimizer", "optimizer+parameters"):
-        found = [one for one in _fitting(config, request.gpus, gpu, offload) if on_host(config, one) <= host]
+    for offload in OFFLOADS:
+        found = [one for one in _fitting(config, request.gpus, gpu, offload) if host_memory(config, one) <= host]
         if found:
+            rates = [speed(config, one, gpu, interconnect, CASES["expected"]).tokens_per_second for one in found]
             # of equals the first: the lower stage, without checkpointing
-            layout = max(
-                found, key=lambda one: speed(config, one, gpu, interconnect, CASES["expected"]).tokens_per_second
-            )
+            layout = next(one for one, rate in zip(found, rates, strict=True) if rate >= max(rates) * (1 - INDIFFERENT))
             return _plan(config, request, gpu, interconnect, layout)
-    smallest = _layout(config, request.gpus, 3, "optimizer+parameters", checkpointing=True, micro=1)
+    smallest = _layout(config, request.gpus, 3, OFFLOADS[-1], checkpointing=True, micro=1)
     return _plan(config, request, gpu, interconnect, smallest)
 
 
-def on_host(config: Config, layout: Layout) -> int:
-    """Bytes of host memory for each GPU: its part of masters, moments and fp32 gradients, and of the weights."""
-    if layout.offload == "none":
-        return 0
-    each = MASTER_AND_MOMENTS + 4 + (layout.element if layout.offload == "optimizer+parameters" else 0)
-    return parameter_count(config.model) * each // layout.gpus
+def has_room(config: Config, layout: Layout, gpu: Gpu) -> bool:
+    """Whether a layout's updates, and its validations, fit one of these GPUs."""
+    return fits(needed(config, layout), gpu.memory, beside_the_graph(config, layout))
 
 
 def gpus_that_suffice(config: Config, gpu: Gpu, more_than: int) -> int | None:
     """The smallest power of two times so many GPUs on which something fits without offload; None if none does."""
     gpus = 2 * more_than
     while gpus <= MOST_GPUS:
-        if next(_fitting(config, gpus, gpu, "none"), None):
+        if next(_fitting(config, gpus, gpu, Offload()), None):
             return gpus
         gpus *= 2
     return None
@@ -150,23 +157,23 @@ def _fitting(config: Config, gpus: int, gpu: Gpu, offload: Offload) -> Iterator[
             share = sequences_of(config, gpus) // gpus
             for micro in (size for size in range(min(share, 65536), 0, -1) if share % size == 0):
                 layout = _layout(config, gpus, stage, offload, checkpointing=checkpointing, micro=micro)
-                if fits(needed(config, layout), gpu.memory):
+                if has_room(config, layout, gpu):
                     yield layout
                     break
 
 
 def _stages(config: Config, gpus: int, offload: Offload) -> tuple[int, ...]:
     """The ZeRO stages to choose from; stage 0 only where it adds gradients up in fp32, as all others do."""
-    if offload == "none":
+    if offload.kinds == "none":
         if gpus == 1 and config.engine.kind != "deepspeed":
             return (0,)
         return (0, 1, 2, 3) if precision_of(config) == "fp32" else (1, 2, 3)
-    return (1, 2, 3) if offload == "optimizer" else (3,)
+    return (1, 2, 3) if offload == Offload("cpu") else (3,)
 
 
 def _layout(config: Config, gpus: int, stage: int, offload: Offload, *, checkpointing: bool, micro: int) -> Layout:
     accumulation = sequences_of(config, gpus) // gpus // micro
-    deepspeed = gpus > 1 or offload != "none" or config.engine.kind == "deepspeed"
+    deepspeed = gpus > 1 or offload.kinds != "none" or config.engine.kind == "deepspeed"
     return Layout(gpus, precision_of(config), micro, accumulation, stage, offload, checkpointing, deepspeed)  # type: ignore[arg-type]
 
 
@@ -175,7 +182,7 @@ def _plan(config: Config, request: Request, gpu: Gpu, interconnect: Interconnect
     speeds = {name: speed(config, layout, gpu, interconnect, case) for name, case in CASES.items()}
     ways = [needed(config, layout._replace(checkpointing=way)) for way in (False, True)]
     host = gpu.host if request.host is None else request.host
-    room = fits(memory, gpu.memory) and on_host(config, layout) <= host
+    room = has_room(config, layout, gpu) and host_memory(config, layout) <= host
     notes = []
     asked = config.train.batch_tokens
     planned = layout.sequences * config.model.context
@@ -190,7 +197,7 @@ def _plan(config: Config, request: Request, gpu: Gpu, interconnect: Interconnect
         advice = f"{enough:,} of these GPUs have room without offload" if enough else "no number of them has room"
         notes.append(
             f"does not fit: {memory.total / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB, beside what libraries take, and "
-            f"{on_host(config, layout) / 1e9:.1f} of {host / 1e9:.0f} GB of host memory for each GPU; {advice}"
+            f"{host_memory(config, layout) / 1e9:.1f} of {host / 1e9:.0f} GB of host memory for each GPU; {advice}"
         )
     return Plan(config, request, gpu, interconnect, layout, memory, ways[0], ways[1], room, speeds, notes)
 

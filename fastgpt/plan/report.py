@@ -27,7 +27,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "batch_tokens": plan.batch_tokens,
         "activation_checkpointing": plan.layout.checkpointing,
         "zero_stage": plan.layout.zero_stage,
-        "offload": plan.layout.offload,
+        "offload": plan.layout.offload.kinds,
         "tokens_per_second": {name: speed.tokens_per_second for name, speed in plan.speeds.items()},
         "mfu": expected.mfu,
         "step_seconds": expected.step_seconds,
@@ -53,7 +53,7 @@ def as_text(plan: Plan) -> str:
     """The same as a page of text."""
     config, layout, gpu, expected = plan.config, plan.layout, plan.gpu, plan.speeds["expected"]
     every = f"every {config.train.save_every:,} updates" if config.train.save_every else "at the end only"
-    engine = f"ZeRO stage {layout.zero_stage}, offload {layout.offload}" if layout.deepspeed else "one process"
+    engine = f"ZeRO stage {layout.zero_stage}, offload {layout.offload.kinds}" if layout.deepspeed else "one process"
     price = gpu.hourly if plan.request.price is None else plan.request.price
     lines = [
         f"{plan.parameters:,} parameters in {layout.precision} on {layout.gpus:,} x {plan.request.gpu.lower()}"
@@ -64,7 +64,8 @@ def as_text(plan: Plan) -> str:
         f"batch      {plan.batch_tokens:,} tokens = {layout.gpus:,} GPUs x {layout.accumulation:,} micro-batches x "
         f"{layout.micro_batch_size:,} sequences x {config.model.context:,} tokens",
         f"settings   train.micro_batch_size={layout.micro_batch_size} train.batch_tokens={plan.batch_tokens} "
-        f"train.activation_checkpointing={str(layout.checkpointing).lower()} engine.zero_stage={layout.zero_stage}",
+        f"train.activation_checkpointing={str(layout.checkpointing).lower()} engine.zero_stage={layout.zero_stage}"
+        f"{_offload(plan)}",
         "",
         "memory of a GPU, in GB:",
         *(f"  {name:<12}{size / 1e9:10.2f}" for name, size in plan.memory._asdict().items()),
@@ -97,6 +98,17 @@ def as_text(plan: Plan) -> str:
         f"{plan.request.disk / 1e9:g} GB/s a node, {every}",
     ]
     return "\n".join(lines)
+
+
+def _offload(plan: Plan) -> str:
+    """The settings of what is offloaded, where anything is or was asked for."""
+    offload, engine = plan.layout.offload, plan.config.engine
+    if offload.kinds == "none" and not engine.offloads:
+        return ""
+    folder = ""
+    if ("nvme" in offload) != (engine.nvme_folder is not None):
+        folder = f" engine.nvme_folder={'FOLDER' if 'nvme' in offload else 'null'}"
+    return f" engine.offload_optimizer={offload.optimizer} engine.offload_parameters={offload.parameters}{folder}"
 
 
 def _range(plan: Plan, of: Any) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from fastgpt.config import Config, ModelConfig
 from fastgpt.plan.hardware import Gpu
 from fastgpt.plan.layout import Layout
+from fastgpt.plan.memory import KEPT_OF_A_DISK
 from fastgpt.sizes import flops_per_token, parameter_count
 
 
@@ -50,11 +51,12 @@ HOST_BANDWIDTH = 25e9
 
 
 class Interconnect(NamedTuple):
-    """How the GPUs are connected; bytes/s of each GPU in one direction."""
+    """How the GPUs are connected, among them and to a disk; bytes/s in one direction."""
 
     per_node: int
-    link: float
-    network: float
+    link: float  # of each GPU
+    network: float  # of each GPU
+    disk: float = 2e9  # of a node
 
 
 class Collective(NamedTuple):
@@ -94,7 +96,7 @@ def speed(config: Config, layout: Layout, gpu: Gpu, interconnect: Interconnect, 
     traffic = collectives(config, layout)
     communication = sum(c.seconds(layout.gpus, interconnect, case.link) for c in traffic)
     exposed = max(communication * (1 - case.overlap), communication - compute)
-    offloading = offload_seconds(config, layout)
+    offloading = offload_seconds(config, layout, interconnect)
     seconds = compute + exposed + offloading
     tokens = layout.sequences * config.model.context
     parts = {**computing, "communication": communication, "offload": offloading}
@@ -130,11 +132,11 @@ def computing_seconds(config: Config, layout: Layout, gpu: Gpu, case: Case) -> d
     forward, backward = (sum(passes(model)[way].values()) for way in ("forward", "backward"))
     width = model.n_embd * rows * e
     between = model.n_layer * width * ((1 + again) * forward + backward) * case.traffic / bandwidth
-    loss = 2 * rows * model.vocab_size * e / bandwidth
+    loss = 2 * rows * model.output_rows * e / bandwidth
     parameters = parameter_count(model)
     added = layout.accumulation > 1 or layout.deepspeed
     accumulate = parameters * ACCUMULATE_BYTES / bandwidth if added and layout.precision != "fp32" else 0.0
-    owned = parameters / layout.shards(1) if layout.offload == "none" else 0
+    owned = parameters / layout.shards(1) if layout.offload.optimizer == "none" else 0
     return {
         "matrix products": multiplying * layout.accumulation,
         "attention": attention * layout.accumulation,
@@ -153,7 +155,7 @@ def products(model: ModelConfig, rows: int, again: int = 0) -> Iterator[tuple[in
     """
     n, layers = model.n_embd, model.n_layer
     block = [(n, 3 * n, layers, again), (n, n, layers, again), (n, 4 * n, layers, again), (4 * n, n, layers, again)]
-    for inputs, outputs, times, repeats in [*block, (n, model.vocab_size, 1, 0)]:
+    for inputs, outputs, times, repeats in [*block, (n, model.output_rows, 1, 0)]:
         yield rows, outputs, inputs, times * (1 + repeats)
         yield rows, inputs, outputs, times
         yield outputs, inputs, rows, times
@@ -200,7 +202,9 @@ def passes(model: ModelConfig) -> dict[str, dict[str, int]]:
 def collectives(config: Config, layout: Layout) -> list[Collective]:
     """What an update sends (Rajbhandari et al. 2020, section 7, with gradients in fp32 as fastgpt has them).
 
-    Stage 0 reduces in the run's precision. Stages 0 and 1 reduce once an update, 2 and 3 after every backward pass.
+    Stage 0 reduces in the run's precision. Stages 0 and 1 reduce once an update, 2 and 3 after every backward pass;
+    stage 2 all the same by all-reduces, each of a bucket that holds several ranks' parts (DeepSpeed's
+    use_multi_rank_bucket_allreduce), where a reduce-scatter would send half as much.
     """
     if layout.gpus == 1 or not layout.deepspeed:
         return []
@@ -216,7 +220,7 @@ def collectives(config: Config, layout: Layout) -> list[Collective]:
             ]
         case 2:
             return [
-                Collective("reduce-scatter of gradients", 4 * parameters, n, 1),
+                Collective("all-reduce of gradients", 4 * parameters, n, 2),
                 Collective("all-gather of weights", weights, 1, 1),
             ]
         case _:
@@ -226,12 +230,21 @@ def collectives(config: Config, layout: Layout) -> list[Collective]:
             ]
 
 
-def offload_seconds(config: Config, layout: Layout) -> float:
-    """What the host adds: gradients down, its AdamW, weights up; and with parameters there, those of each pass."""
-    if layout.offload == "none":
-        return 0.0
-    own = parameter_count(config.model) / layout.gpus
-    seconds = own * (4 + layout.element) / HOST_LINK + own * ADAMW_BYTES / HOST_BANDWIDTH
-    if layout.offload == "optimizer+parameters":
-        seconds += 2 * layout.accumulation * own * layout.element / HOST_LINK
+def offload_seconds(config: Config, layout: Layout, interconnect: Interconnect) -> float:
+    """What the host adds: gradients down, its AdamW, weights up; and with parameters there, those of each pass.
+
+    Through a disk go masters and moments both ways, and gradients there and back: 32 bytes; and the weights of each
+    pass, beyond those that the host keeps.
+    """
+    own, e = parameter_count(config.model) / layout.gpus, layout.element
+    disk = interconnect.disk / min(layout.gpus, interconnect.per_node)
+    seconds = 0.0
+    if layout.offload.optimizer != "none":
+        seconds += own * (4 + e) / HOST_LINK + own * ADAMW_BYTES / HOST_BANDWIDTH
+    if layout.offload.optimizer == "nvme":
+        seconds += own * 32 / disk
+    if layout.offload.parameters != "none":
+        seconds += 2 * layout.accumulation * own * e / HOST_LINK
+    if layout.offload.parameters == "nvme":
+        seconds += (2 * layout.accumulation + 1) * max(0, own - KEPT_OF_A_DISK) * e / disk
     return seconds

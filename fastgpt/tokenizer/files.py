@@ -1,4 +1,4 @@
-"""Reading byte-level BPE from the three sets of files that it comes in."""
+"""Reading a tokenizer from the sets of files that it comes in: byte-level BPE, or GPT-1's."""
 
 import json
 from os import PathLike
@@ -8,15 +8,32 @@ from typing import Any
 from fastgpt.errors import UserError
 from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
 from fastgpt.tokenizer.byte_level import ByteLevelBPE
+from fastgpt.tokenizer.gpt1 import END_OF_WORD, GPT1BPE, UNKNOWN, is_gpt1
 
-# (vocabulary, merges): as OpenAI published GPT-2, and as transformers renamed them
-PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+# (vocabulary, merges): as OpenAI published GPT-1 and GPT-2, and as transformers renamed them
+PAIRS = (
+    ("encoder_bpe_40000.json", "vocab_40000.bpe"),
+    ("encoder.json", "vocab.bpe"),
+    ("vocab.json", "merges.txt"),
+)
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
-    """Read tokenizer.json, or encoder.json with vocab.bpe, or vocab.json with merges.txt.
+    """A tokenizer that is ready to encode; its files as for `read_tokenizer`.
 
-    Raises UserError where the folder has none of them, or they are not a byte-level BPE as GPT-2's.
+    Raises UserError as `read_tokenizer`, and where GPT-1's lacks the packages of the extra `gpt1`.
+    """
+    tokenizer = read_tokenizer(folder)
+    if isinstance(tokenizer, GPT1BPE):
+        tokenizer.require()
+    return tokenizer
+
+
+def read_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
+    """Read tokenizer.json, or a vocabulary with its merges by OpenAI's names for GPT-1 or GPT-2, or by transformers'.
+
+    The vocabulary tells GPT-1's tokenizer, of words, from GPT-2's, of bytes.
+    Raises UserError where the folder has none of these files, or they are neither of the two.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -42,16 +59,21 @@ def read_pair(vocab_path: Path, merges_path: Path) -> Tokenizer:
         if len(tokens) != 2:
             raise UserError(f"{merges_path}:{number}: a merge is two tokens with a space between, got {line[:80]!r}")
         merges.append((tokens[0], tokens[1]))
-    return ByteLevelBPE(as_vocab(read_json(vocab_path), vocab_path), merges, str(vocab_path))
+    vocab = as_vocab(read_json(vocab_path), vocab_path)
+    kind = GPT1BPE if is_gpt1(vocab) else ByteLevelBPE
+    return kind(vocab, merges, str(vocab_path))
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
-    """The tokenizers library's one-file format, where it holds a byte-level BPE with GPT-2's pattern."""
+    """The tokenizers library's one-file format, where it holds GPT-1's BPE, or GPT-2's kind of byte-level BPE."""
     content = read_json(path)
     model = content.get("model")
     splitting = content.get("pre_tokenizer")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         raise UserError(f"{path}: model.type must be BPE")
+    if model.get("end_of_word_suffix") == END_OF_WORD and model.get("unk_token") == UNKNOWN:
+        # GPT-1's as transformers keeps it. It cuts words by other rules, of BERT, which are not GPT-1's own.
+        return GPT1BPE(as_vocab(model.get("vocab"), path), as_merges(model.get("merges"), path), str(path))
     if content.get("normalizer") is not None:
         raise UserError(f"{path}: a normalizer changes the text; a GPT-2 tokenizer has none")
     if not isinstance(splitting, dict) or (

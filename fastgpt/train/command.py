@@ -3,10 +3,9 @@
 import logging
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from fastgpt_kernels import UnsupportedInput
 
 from fastgpt.checkpoint.store import Checkpoint, CheckpointStore
 from fastgpt.config import Config
@@ -15,13 +14,11 @@ from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import ShardSource
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
-from fastgpt.engine.lost import told_of_lost_ranks
-from fastgpt.engine.precision import resolve_device
 from fastgpt.engine.prepare import prepare
-from fastgpt.engine.ranks import Ranks, join, leave
-from fastgpt.errors import SharedError, UserError
+from fastgpt.engine.ranks import Ranks
+from fastgpt.errors import SharedError
 from fastgpt.launch import engine_kind
-from fastgpt.launchers import ALONE, find_launch
+from fastgpt.launchers import find_launch
 from fastgpt.load import save_model
 from fastgpt.model.gpt import GPT
 from fastgpt.model.seeds import fold
@@ -31,27 +28,30 @@ from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.corpus import prepare_corpus
 from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.evaluation import Evaluation
-from fastgpt.train.folder import Plan, RunLock, keep_resolved, plan, save_config
+from fastgpt.train.folder import RunLock, keep_resolved, newest_checkpoint, save_config, shared_plan
 from fastgpt.train.hardware import peak_flops
+from fastgpt.train.initial import started_with, with_its_tokenizer
 from fastgpt.train.loop import train
+from fastgpt.train.process import as_rank, check_deepspeed_keys
 from fastgpt.train.recorder import Recorder
-from fastgpt.train.runner import follow_runner
 from fastgpt.train.saver import Saver
 from fastgpt.train.start import set_up
 from fastgpt.train.summary import summarise
 from fastgpt.train.watchers import FirstUpdate, Guard, Watcher
+from fastgpt.wording import Places
 
 log = logging.getLogger(__name__)
 
 ORDER = 3  # what the run's seed is folded with for the order of the data
 
 
-def run(config: Config, *, must_resume: bool = False) -> Path:
+def run(config: Config, *, must_resume: bool = False, places: Places | None = None) -> Path:
     """Train, or go on training, as the settings say; every rank calls this.
 
     Args:
         config: the settings.
         must_resume: refuse to start anew.
+        places: where each setting was written, for what is said of it.
 
     Returns:
         The run folder.
@@ -63,24 +63,13 @@ def run(config: Config, *, must_resume: bool = False) -> Path:
     """
     launch = find_launch()
     kind = engine_kind(config, launch)
-    launch = launch or ALONE
-    if ":" in config.engine.device and launch.local_world_size > 1:
-        raise SharedError(
-            f"engine.device: {config.engine.device} would put all {launch.local_world_size} ranks on one GPU; use cuda"
-        )
-    device = resolve_device(config.engine.device, launch.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device
-    if launch.launcher == "deepspeed":
-        follow_runner()
-    ranks = join(launch, device, config.engine.timeout_minutes) if kind == "deepspeed" else Ranks()
-    try:
-        with told_of_lost_ranks():
-            return _Run(config, kind, device, ranks, must_resume=must_resume).go()
-    except UnsupportedInput as problem:
-        raise UserError(f"kernels.backend: {' '.join(str(problem).split())}") from problem
-    finally:
-        leave()
+    return as_rank(
+        config.engine,
+        kind,
+        launch,
+        lambda device, ranks: _Run(config, kind, device, ranks, must_resume=must_resume).go(),
+        check=lambda device, launch: check_deepspeed_keys(config, kind, device, launch.local_rank, places or Places()),
+    )
 
 
 class _Run:
@@ -99,7 +88,7 @@ class _Run:
         self.kind = kind
         self.device = device
         self.display = display_for(ranks.rank)
-        self.plan: Plan = _plan(ranks, config, must_resume=must_resume)
+        self.plan = shared_plan(ranks, config, must_resume=must_resume)
         self.config = self._resolved(config)
 
     def go(self) -> Path:
@@ -113,26 +102,26 @@ class _Run:
         if folder != Path(self.config.out):
             log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
 
-        corpus = prepare_corpus(self.config, self.ranks, self.display)
+        corpus = prepare_corpus(with_its_tokenizer(self.config), self.ranks, self.display)
         training = TokenShards.open(corpus.folder, "train", verify=False)
         validation = TokenShards.open(corpus.folder, "validation", verify=False)
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
-        checkpoint = self._checkpoint(store)
+        checkpoint = newest_checkpoint(self.ranks, store) if self.plan.resume else None
         if checkpoint and checkpoint.state.get("data") != corpus.fingerprint:
-            raise UserError(
+            raise SharedError(
                 f"data.path: {self.config.data.path} no longer gives the tokens that the run in {folder} was "
                 "trained on: its text, data.text_key, data.tokenizer or data.validation_fraction has changed. "
                 "Restore it, or choose another 'out'"
             )
 
         source = self._source(training)
-        engine = self._engine()
+        engine = self._engine(resumed=checkpoint is not None)
         if checkpoint:
             engine.read(checkpoint.folder)
             log.info("going on from %s", checkpoint.folder)
         self.ranks.on_first(corpus.verified)
         with closing(RunLock(folder)) as lock:
-            self.ranks.on_first(lambda: self._take(lock, store, checkpoint))
+            self.ranks.on_first(lambda: lock.take(store, self.plan.newest, checkpoint))
             if self.ranks.rank == 0:
                 save_config(folder, self.config)
             return self._train(engine, source, training.tokenizer(), validation, store, checkpoint, corpus.fingerprint)
@@ -171,7 +160,7 @@ class _Run:
         reporter = Reporter(self.display, config.train.steps, flops, peak and peak * self.ranks.world_size)
         watchers: list[Watcher] = [Guard(), recorder, reporter, evaluation, saver]
         if config.engine.compile:
-            watchers.append(FirstUpdate(config.train.batch_tokens))
+            watchers.append(FirstUpdate(batch_tokens(config)))
         try:
             with saver.signals(), prefetch(source.batches(engine.step)) as batches:
                 train(
@@ -189,30 +178,12 @@ class _Run:
         self.ranks.barrier()
         return folder
 
-    def _take(self, lock: RunLock, store: CheckpointStore, checkpoint: Checkpoint | None) -> None:
-        """Take the folder, and see that nobody has trained in it while the corpus and the model were prepared."""
-        lock.acquire()
-        if store.newest_step() != self.plan.newest or (checkpoint and not checkpoint.folder.exists()):
-            raise UserError(
-                f"{self.plan.folder}: another process has trained in it meanwhile; give the same command again"
-            )
-
     def _resolved(self, config: Config) -> Config:
         """The settings with nothing left on `auto` that decides the numbers."""
         asked = config.engine.threads
         if self.plan.saved:
             config = keep_resolved(config, self.plan.saved)
         return set_up(config, self.device, self.ranks, threads=asked)
-
-    def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
-        """The checkpoint to go on from: rank 0 looks and hashes, the others follow."""
-        if not self.plan.resume:
-            return None
-        found: list[Any] | None = self.ranks.on_first(lambda: _named(store.latest()))
-        if found is None:
-            return None
-        name, step, state = found
-        return Checkpoint(store.folder / name, step, state)
 
     def _source(self, shards: TokenShards) -> ShardSource:
         config = self.config
@@ -226,9 +197,10 @@ class _Run:
             self.ranks.world_size,
         )
 
-    def _engine(self) -> Engine:
+    def _engine(self, *, resumed: bool) -> Engine:
         config = self.config
         ops = ops_for(config.kernels.backend, self.device)
+        values = None if resumed else started_with(config)
         engine = prepare(
             lambda: GPT(config.model, ops),
             config,
@@ -236,8 +208,9 @@ class _Run:
             precision=config.engine.precision,
             device=self.device,
             ranks=self.ranks,
+            values=values,
         )
-        stage = f" ZeRO-{config.engine.zero_stage}" if self.kind == "deepspeed" else ""
+        stage = f" ZeRO-{config.engine.zero_stage}{_offloading(config)}" if self.kind == "deepspeed" else ""
         log.info(
             "%s parameters, %s engine%s on %d x %s, %s, %s kernels, %d threads a rank",
             f"{parameter_count(config.model):,}",
@@ -252,13 +225,7 @@ class _Run:
         return engine
 
 
-def _plan(ranks: Ranks, config: Config, *, must_resume: bool) -> Plan:
-    """The plan, made by every rank from the same files before any of them is written to."""
-    ranks.on_first(lambda: bool(plan(config, must_resume=must_resume)))
-    decision = plan(config, must_resume=must_resume)
-    ranks.barrier()
-    return decision
-
-
-def _named(checkpoint: Checkpoint | None) -> list[Any] | None:
-    return [checkpoint.folder.name, checkpoint.step, checkpoint.state] if checkpoint else None
+def _offloading(config: Config) -> str:
+    """What is kept off the device, in words."""
+    places = {"optimizer": config.engine.offload_optimizer, "parameters": config.engine.offload_parameters}
+    return "".join(f" ({name} offloaded to {place})" for name, place in places.items() if place != "none")

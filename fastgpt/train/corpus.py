@@ -5,7 +5,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgpt.checkpoint.files import sha256
 from fastgpt.config import Config
 from fastgpt.data.manifest import MANIFEST_FILE
 from fastgpt.data.prepare import prepare_cached
@@ -13,6 +12,7 @@ from fastgpt.data.progress import shown_progress
 from fastgpt.data.shards import TokenShards
 from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import UserError
+from fastgpt.files import sha256
 from fastgpt.train.display import Display
 
 

@@ -10,7 +10,7 @@ import torch
 from fastgpt.config import Config
 from fastgpt.data.evaluation import covered_bytes, validation_windows
 from fastgpt.data.shards import TokenShards
-from fastgpt.engine.base import Engine
+from fastgpt.engine.base import Engine, evaluation_loss
 from fastgpt.generate import generate
 from fastgpt.model.seeds import fold
 from fastgpt.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ class Evaluation:
             rank=ranks.rank,
             world_size=ranks.world_size,
         ):
-            sums.append(engine.evaluation_loss(torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)))
+            sums.append(evaluation_loss(engine, torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)))
             counts.append(float((batch.targets >= 0).sum()))
         # batches are dealt to the ranks in turn, so the transposed table is the order of the text
         total = ranks.gather_floats(torch.tensor(sums, dtype=torch.float64)).T.reshape(-1)

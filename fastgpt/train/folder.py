@@ -7,12 +7,14 @@ import fcntl
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from fastgpt.checkpoint.files import write_atomically
-from fastgpt.checkpoint.store import CheckpointStore
+from fastgpt.checkpoint.store import Checkpoint, CheckpointStore
 from fastgpt.config import Config, flatten
+from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import UserError
+from fastgpt.files import write_atomically
+from fastgpt.finetune_config import FinetuneConfig
 from fastgpt.settings import dump_config, load_config
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ _FIXED = (
     "model.attention",
     "model.window",
     "train.seed",
+    "train.init",
     "train.batch_tokens",
     "train.batch_ramp_tokens",
     "train.batch_ramp_start",
@@ -40,34 +43,43 @@ _NO_MATTER = (
     "data.cache",
     "data.verify",
     "engine.threads",
+    "engine.cuda_graph",
     "engine.timeout_minutes",
     "engine.reduce_bucket_size",
     "engine.overlap_comm",
+    "engine.nvme_folder",
+    "train.activation_checkpointing",
     "train.keep",
     "train.save_every",
 )
 
 
-class Plan(NamedTuple):
-    """What a `train` command is to do."""
+C = TypeVar("C", Config, FinetuneConfig)
+
+
+class Plan(NamedTuple, Generic[C]):
+    """What a command is to do."""
 
     folder: Path
     resume: bool  # go on from the newest checkpoint
     finished: bool  # this very run is done: nothing to do
     changes: tuple[str, ...]  # settings that differ from those the run was started with, in words
-    saved: Config | None  # the settings the run was started with
+    saved: C | None  # the settings the run was started with
     newest: int = 0  # the newest checkpoint's step by its manifest
 
 
-def plan(config: Config, *, must_resume: bool = False) -> Plan:
-    """Decide where a run's command works.
+def plan(config: C, *, steps: int | None = None, must_resume: bool = False) -> Plan[C]:
+    """Decide where a run's command works; `steps` are the updates of the whole run, by default `train.steps`.
 
-    The folder is `out`; where that holds another run that is already past `train.steps`, the first of `out-2`, `out-3`
+    The folder is `out`; where that holds another run that is already past `steps`, the first of `out-2`, `out-3`
     and so on that does not, so that nothing is overwritten and the same command always finds its own run again.
 
     Raises:
         UserError: the run in the folder cannot go on with these settings, or `must_resume` and there is none.
     """
+    if steps is None:
+        assert isinstance(config, Config)
+        steps = config.train.steps
     base = Path(config.out)
     if not base.name:
         base = base.absolute()
@@ -80,28 +92,58 @@ def plan(config: Config, *, must_resume: bool = False) -> Plan:
                 raise UserError(f"{folder}: --resume was given, but there is no checkpoint in it to go on from")
             return Plan(folder, resume=False, finished=False, changes=(), saved=None)
         step = store.newest_step()
-        saved = _saved(folder)
+        saved = _saved(folder, type(config))
         changed = _changes(saved, config)
-        if step < config.train.steps:
-            _refuse_another_run(folder, step, changed)
+        if step < steps:
+            _refuse_another_run(folder, step, changed, config)
             words = tuple(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
             return Plan(folder, resume=True, finished=False, changes=words, saved=saved, newest=step)
         if not changed:
             # a damaged last checkpoint or an end before the summary: there is something to do after all
             newest = store.latest()
-            whole = newest is not None and newest.step >= config.train.steps and (folder / "summary.json").exists()
+            whole = newest is not None and newest.step >= steps and (folder / "summary.json").exists()
             return Plan(folder, resume=not whole, finished=whole, changes=(), saved=saved, newest=step)
         number += 1
 
 
-def keep_resolved(config: Config, saved: Config) -> Config:
+def shared_plan(ranks: Ranks, config: C, *, steps: int | None = None, must_resume: bool = False) -> Plan[C]:
+    """The plan on every rank; rank 0 makes it, and alone looks at the folder and hashes a finished run's checkpoint.
+
+    Raises:
+        UserError: as `plan` does, on every rank.
+    """
+
+    def work() -> dict[str, Any]:
+        made = plan(config, steps=steps, must_resume=must_resume)
+        return made._asdict() | {"folder": str(made.folder), "saved": made.saved and made.saved.model_dump()}
+
+    found = ranks.on_first(work)
+    saved = found["saved"] and type(config).model_validate(found["saved"])
+    return Plan(**found | {"folder": Path(found["folder"]), "changes": tuple(found["changes"]), "saved": saved})
+
+
+def newest_checkpoint(ranks: Ranks, store: CheckpointStore) -> Checkpoint | None:
+    """The checkpoint to go on from: rank 0 looks and hashes, the others follow."""
+
+    def look() -> list[Any] | None:
+        found = store.latest()
+        return [found.folder.name, found.step, found.state] if found else None
+
+    found: list[Any] | None = ranks.on_first(look)
+    if found is None:
+        return None
+    name, step, state = found
+    return Checkpoint(store.folder / name, step, state)
+
+
+def keep_resolved(config: C, saved: C) -> C:
     """Settings left on `auto` take what they came to when the run was started."""
     old, tree = flatten(saved.model_dump()), config.model_dump()
     for key, automatic in RESOLVED.items():
         section, name = key.split(".")
         if tree[section][name] == automatic:
             tree[section][name] = old[key]
-    return Config.model_validate(tree)
+    return type(config).model_validate(tree)
 
 
 class RunLock:
@@ -128,6 +170,16 @@ class RunLock:
         except OSError as problem:
             log.warning("%s: cannot be locked against other processes (%s)", self._folder, problem.strerror)
 
+    def take(self, store: CheckpointStore, newest: int, checkpoint: Checkpoint | None) -> None:
+        """Take it, and see that nobody has trained in the folder since it was looked into.
+
+        Raises:
+            UserError: another process has it, or had it meanwhile.
+        """
+        self.acquire()
+        if store.newest_step() != newest or (checkpoint and not checkpoint.folder.exists()):
+            raise UserError(f"{self._folder}: another process has trained in it meanwhile; give the same command again")
+
     def close(self) -> None:
         """Give it back."""
         if self._handle is not None:
@@ -135,28 +187,28 @@ class RunLock:
             self._handle = None
 
 
-def save_config(folder: Path, config: Config) -> None:
+def save_config(folder: Path, config: Config | FinetuneConfig) -> None:
     """Write the settings, with what `auto` came to, into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.yaml", dump_config(config))
 
 
-def _saved(folder: Path) -> Config:
+def _saved(folder: Path, kind: type[C]) -> C:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{path}: missing, although the folder holds checkpoints; restore it or choose another 'out'")
-    return load_config(path)
+    return load_config(path, kind=kind)
 
 
-def _changes(saved: Config, config: Config) -> dict[str, tuple[object, object]]:
+def _changes(saved: C, config: C) -> dict[str, tuple[object, object]]:
     """Settings that decide the numbers and differ; `auto` agrees with whatever it came to."""
     old, new = flatten(saved.model_dump()), flatten(config.model_dump())
     return {
-        key: (old[key], value)
-        for key, value in new.items()
+        key: (old.get(key), new.get(key))
+        for key in new | old  # of engine.deepspeed each has its own
         if key not in _NO_MATTER
-        and _comparable(key, old[key]) != _comparable(key, value)
-        and not (key in RESOLVED and value == RESOLVED[key])
+        and _comparable(key, old.get(key)) != _comparable(key, new.get(key))
+        and not (key in RESOLVED and new.get(key) == RESOLVED[key])
     }
 
 
@@ -165,8 +217,12 @@ def _comparable(key: str, value: object) -> object:
     return str(Path(str(value)).absolute()) if key == "data.path" else value
 
 
-def _refuse_another_run(folder: Path, step: int, changed: dict[str, tuple[object, object]]) -> None:
-    fixed = [f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in _FIXED if key in changed]
+def _refuse_another_run(
+    folder: Path, step: int, changed: dict[str, tuple[object, object]], config: Config | FinetuneConfig
+) -> None:
+    # a run of fine-tuning is short, and each of its settings decides what it comes to
+    deciding = _FIXED if isinstance(config, Config) else tuple(changed)
+    fixed = [f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in deciding if key in changed]
     if fixed:
         raise UserError(
             f"{folder}: holds a run at step {step} that cannot go on with these settings ({'; '.join(fixed)}). "

@@ -16,7 +16,7 @@ class MetricsFile:
             path: the file.
             resume_step: keep lines up to this step and drop a torn last line; None starts anew.
         """
-        kept = _lines_up_to(path, resume_step) if resume_step is not None and path.exists() else []
+        kept = lines_up_to(path, resume_step) if resume_step is not None and path.exists() else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
@@ -36,7 +36,8 @@ class MetricsFile:
         self._file.close()
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of a file of metrics that tell of updates up to `step`; one that a crash has torn is left out."""
     kept = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -67,17 +67,17 @@ class Saver:
         Raises:
             Interrupted: a signal came; the checkpoint is written.
         """
-        step = measured.update.step
-        if not self._interrupted:
-            self._interrupted = self._engine.ranks.any(self._signal is not None)
+        step, ranks = measured.update.step, self._engine.ranks
+        # ranks learn of it together, from an update; one alone need not wait for that
+        self._interrupted |= measured.update.stop or (ranks.world_size == 1 and ranks.stop_asked)
         if step != self._engine.step:
-            return  # the next update is under way: from now on `looks_at` asks for none
+            return  # the next update is under way: `looks_at` has the loop tell it before another one is begun
         if self.looks_at(step):
             self._before()
             state = self._state | {"tokens": measured.tokens}
             # the model last: gathering it takes all ranks
             writes = (self._engine.write, lambda folder: self._save_model(folder / "model"))
-            self._store.save(step, state, writes, self._engine.ranks)
+            self._store.save(step, state, writes, ranks)
         if self._interrupted and step < self._steps:
             raise Interrupted(self._signal or signal.SIGTERM, step)
 
@@ -93,4 +93,5 @@ class Saver:
 
     def _note(self, number: int, frame: object) -> None:
         self._signal = number
+        self._engine.ranks.stop_asked = True
         signal.signal(number, signal.SIG_DFL)

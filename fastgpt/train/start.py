@@ -1,5 +1,7 @@
 """What a process of training sets up for itself before it builds a model."""
 
+from typing import TypeVar
+
 import torch
 
 from fastgpt.config import Config
@@ -8,9 +10,12 @@ from fastgpt.engine.compiler import prepare_compiler
 from fastgpt.engine.host import available_cores, prepare_host
 from fastgpt.engine.precision import resolve_precision
 from fastgpt.engine.ranks import Ranks
+from fastgpt.finetune_config import FinetuneConfig
+
+C = TypeVar("C", Config, FinetuneConfig)
 
 
-def set_up(config: Config, device: torch.device, ranks: Ranks | None = None, *, threads: int | None = None) -> Config:
+def set_up(config: C, device: torch.device, ranks: Ranks | None = None, *, threads: int | None = None) -> C:
     """Set the process up as the settings say.
 
     Args:
@@ -38,4 +43,4 @@ def set_up(config: Config, device: torch.device, ranks: Ranks | None = None, *, 
     tree = config.model_dump()
     tree["kernels"]["backend"] = backend
     tree["engine"] |= {"precision": precision, "threads": threads}
-    return Config.model_validate(tree)
+    return type(config).model_validate(tree)

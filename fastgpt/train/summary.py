@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoint.files import write_atomically
 from fastgpt.data.compression import compressed_bits_per_byte
 from fastgpt.data.evaluation import covered_text
 from fastgpt.data.shards import TokenShards
+from fastgpt.files import write_atomically
 from fastgpt.train.display import Display
 
 # xz at its strongest reads about 2 MB/s: a larger validation text is compared by its beginning alone

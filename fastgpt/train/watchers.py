@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from fastgpt.engine.base import Update
 from fastgpt.errors import SharedError
+from fastgpt.ramp import BatchSizes
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class Guard:
 class FirstUpdate:
     """Tells how long the first update took, which compiles the blocks."""
 
-    def __init__(self, batch_tokens: int) -> None:
-        self._batch_tokens = batch_tokens
+    def __init__(self, sizes: BatchSizes) -> None:
+        self._sizes = sizes  # tokens of every update
         self._first = 1
 
     def begin(self, step: int) -> None:
@@ -76,5 +77,5 @@ class FirstUpdate:
     def after(self, measured: Measured) -> None:
         """Tell its time."""
         if measured.update.step == self._first:
-            seconds = self._batch_tokens / measured.tokens_per_second
+            seconds = self._sizes.of(self._first) / measured.tokens_per_second
             log.info("engine.compile: the first update, with compiling, took %.1f s", seconds)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fastgpt_kernels import launch
 from fastgpt_kernels.multi_tensor import CHUNK, TableCache, aligned, chunk_table, to_device
-from fastgpt_kernels.optim import Constants, Member
+from fastgpt_kernels.optim_arguments import Constants, Member
 
 TENSORS = 128  # tensors of a program of the first kernel
 # elements of a turn of the second: four a thread, which a thread loads at once in float32 and stores at once in 16 bits

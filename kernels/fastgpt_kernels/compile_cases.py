@@ -30,7 +30,7 @@ from fastgpt_kernels import (
     tiles,
 )
 from fastgpt_kernels.linear_gelu import Tile
-from fastgpt_kernels.optim import Constants, Form
+from fastgpt_kernels.optim_arguments import Constants, Form
 from fastgpt_kernels.tiles import Entry, Tiles
 
 FP32, FP16, BF16 = checks.DTYPES

@@ -51,6 +51,8 @@ def grid(kernel: str, arch: str, bits: int, head_size: int, extras: bool) -> Ite
     if bits == 32:
         # without tensor cores: as much as the registers hold
         shapes = [(32, 32, 8), (32, 16, 8), (16, 32, 8), (16, 16, 8), (32, 16, 4), (16, 16, 4)]
+        if arch != "gfx942":  # where 16 warps leave each thread 128 registers
+            shapes += [(32, 16, 16), (16, 16, 16)]
         stages: tuple[int, ...] = (1,)
     elif arch == "gfx942":
         shapes = [
@@ -79,13 +81,14 @@ def grid(kernel: str, arch: str, bits: int, head_size: int, extras: bool) -> Ite
         ]
         if head_size > 128:
             shapes[2:2] = [(64, 64, 8), (64, 32, 8)]
-            shapes += [(32, 32, 4), (32, 16, 8), (16, 16, 4)]
+            shapes += [(32, 32, 4)]
+        shapes += [(32, 16, 8), (16, 16, 4)]
         stages = (3, 2, 1) if arch in ("sm_90", "sm_100") else (2, 1)
-    for rows, columns, warps in shapes:
-        for stage in stages:
-            yield (
-                Tiles(columns, rows, warps, stage) if kernel == "backward_keys" else Tiles(rows, columns, warps, stage)
-            )
+    candidates = [(*shape, stage) for shape in shapes for stage in stages]
+    if bits == 16 and max(stages) == 3:
+        candidates.append((128, 16, 8, 4))
+    for rows, columns, warps, stage in candidates:
+        yield Tiles(columns, rows, warps, stage) if kernel == "backward_keys" else Tiles(rows, columns, warps, stage)
 
 
 def preferred(line: Entry) -> list[Tiles]:

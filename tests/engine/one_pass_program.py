@@ -55,8 +55,8 @@ def build(
     return engine, source.batches(0)
 
 
-def without_our_bf16(config: Config, precision: str, world_size: int) -> dict[str, Any]:
-    return deepspeed_settings(config, precision, world_size) | {"bf16": {"enabled": True}}
+def without_our_bf16(config: Config, precision: str, world_size: int, **more: Any) -> dict[str, Any]:
+    return deepspeed_settings(config, precision, world_size, **more) | {"bf16": {"enabled": True}}
 
 
 def train(

@@ -1,7 +1,8 @@
 """Run by torchrun, or alone: trains a small model by each scenario of a JSON list and writes down what happened.
 
 usage: ranks_program.py SCENARIOS RESULTS
-A scenario: {"name", "kind", "stage", "precision", "steps", "overrides"?, "sharded"?, "compiler"?, "read"?, "write"?}
+A scenario: {"name", "kind", "stage", "precision", "steps", "overrides"?, "sharded"?, "compiler"?, "read"?, "copy"?,
+"write"?}; "copy" is where the state that was read is written at once.
 "sharded" makes ZeRO-3 keep no parameter gathered; it would keep every one of so small a model. "compiler" names another
 backend of torch.compile than the usual.
 """
@@ -16,15 +17,16 @@ from unittest import mock
 
 import torch
 from fastgpt_kernels import load_ops
+from states import differing, put, state_in
 from torch._dynamo.utils import counters as COUNTERS
 
 from fastgpt.config import Config
 from fastgpt.data.source import RandomSource
-from fastgpt.engine.base import Engine
+from fastgpt.engine.base import Engine, evaluation_loss
 from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
-from fastgpt.launchers import find_launch
+from fastgpt.launchers import ALONE, find_launch
 from fastgpt.model.gpt import GPT
 from fastgpt.ramp import micro_batches
 
@@ -72,8 +74,8 @@ def fingerprints(engine: Engine) -> dict[str, str] | None:
     }
 
 
-def sharded_settings(config: Config, precision: str, world_size: int) -> dict[str, Any]:
-    ours = deepspeed_settings(config, precision, world_size)
+def sharded_settings(config: Config, precision: str, world_size: int, **more: Any) -> dict[str, Any]:
+    ours = deepspeed_settings(config, precision, world_size, **more)
     return ours | {"zero_optimization": ours["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
 
 
@@ -95,7 +97,12 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     probe = torch.arange(2 * CONTEXT).reshape(2, CONTEXT)
     if scenario.get("read"):
         engine.read(Path(scenario["read"]))
-    first = engine.evaluation_loss(probe, probe)
+    changed = None
+    if scenario.get("copy"):
+        put(engine, Path(scenario["copy"]), ranks)
+        shapes = {name: tuple(p.shape) for name, p in GPT(config.model, load_ops("torch")).named_parameters()}
+        changed = differing(*(state_in(Path(scenario[key]), shapes) for key in ("read", "copy")))
+    first = evaluation_loss(engine, probe, probe)
     start = fingerprints(engine)
     before = engine.last_logits(probe[:, :7])
     source = RandomSource(
@@ -108,22 +115,19 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     arguments = [call.args for call in backward.mock_calls]
     gradients = [(dresult.item(), expected.item()) for _, _, dresult, expected, _ in arguments]
     if scenario.get("write"):
-        folder = Path(scenario["write"])
-        folder.mkdir(parents=True, exist_ok=True)
-        ranks.barrier()
-        engine.write(folder)
-        ranks.barrier()
+        put(engine, Path(scenario["write"]), ranks)
     weights = engine.model_state()
     after, continued = (engine.last_logits(probe[:, :length]) for length in (7, 8))
     # another text, whose longer part comes first: nothing of the calls before can be continued
     longer, shorter = (engine.last_logits(probe[:, :length].flip(0)).flip(0) for length in (8, 7))
     return {
+        "changed": changed,
         "start": start,
         "updates": updates,
         "micro_batches": [micro_batches(config).of(update["step"]) for update in updates],
         "loss_gradients": gradients,
         "first_forward": first,
-        "last_forward": engine.evaluation_loss(probe, probe),
+        "last_forward": evaluation_loss(engine, probe, probe),
         "sampling_moved": (after - before).abs().max().item(),
         "sampling_errors": [(a - b).abs().max().item() for a, b in ((after, shorter), (continued, longer))],
         "end": fingerprints(engine),
@@ -135,8 +139,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    launch = find_launch()
-    ranks = join(launch, torch.device("cpu"), 5) if launch else Ranks()
+    ranks = join(find_launch() or ALONE, torch.device("cpu"), 5)
     scenarios = json.loads(Path(sys.argv[1]).read_text())
     results = {s["name"]: run(s, ranks) for s in scenarios}
     if ranks.rank == 0:

@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 from fastgpt.config import Config
 from fastgpt.data.source import RandomSource
 from fastgpt.engine import compiled
-from fastgpt.engine.base import Update
+from fastgpt.engine.base import Update, evaluation_loss
 from fastgpt.engine.single import SingleProcess
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT
@@ -78,7 +78,7 @@ def train(engine: SingleProcess, steps: int = STEPS) -> list[Update]:
     while engine.step < steps:
         updates.append(engine.update(next(source)).update)
         if engine.step < 4:
-            engine.evaluation_loss(probe, probe)
+            evaluation_loss(engine, probe, probe)
             for length in (4, 5, CONTEXT):
                 engine.last_logits(probe[:1, :length])
     return updates
@@ -122,7 +122,7 @@ def test_dropout_takes_part_in_what_is_compared(traced: None) -> None:
 def test_validation_and_samples_compile_nothing(traced: None) -> None:
     engine = engine_of(settings(compile=True))
     probe = torch.arange(2 * CONTEXT).reshape(2, CONTEXT)
-    engine.evaluation_loss(probe, probe)
+    evaluation_loss(engine, probe, probe)
     engine.last_logits(probe[:, :5])
     engine.last_logits(probe[:, :6])
     assert counters["stats"]["unique_graphs"] == 0

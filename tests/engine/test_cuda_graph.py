@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgpt.config import Config
 from fastgpt.data.source import Batch
+from fastgpt.engine.base import evaluation_loss
 from fastgpt.engine.cuda_graph import WARM_UP, Recorder
 from fastgpt.engine.phases import unobserved
 from fastgpt.engine.single import SingleProcess
@@ -221,6 +222,6 @@ def test_an_evaluation_between_replays_leaves_the_graph_alone() -> None:
             batch = next(source)
             losses.append(engine.update(batch).update.loss)
             tokens = torch.from_numpy(batch.tokens[0])
-            losses.append(engine.evaluation_loss(tokens[:, :-1], tokens[:, 1:]))
+            losses.append(evaluation_loss(engine, tokens[:, :-1], tokens[:, 1:]))
         found.append(losses)
     assert found[0] == found[1]

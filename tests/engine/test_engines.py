@@ -15,6 +15,7 @@ pytestmark = pytest.mark.distributed
 PROGRAM = Path(__file__).with_name("ranks_program.py")
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 MIDDLE, END = 3, 6
+CHANGES = ((1, 3), (2, 1), (3, 2))  # of the stage, from two ranks to one: the first is read into
 Results = dict[str, dict[str, Any]]
 
 
@@ -34,6 +35,10 @@ def results(
         # judged by what it wrote: DeepSpeed's ranks have been seen to abort after they had finished
         assert written.exists(), outcome.stderr[-4000:]
         found.update(json.loads(written.read_text()))
+
+    def moved(source: str, target: str) -> dict[str, str]:
+        """A state is read, and written again before anything is done with it."""
+        return {"read": str(folder / source), "copy": str(folder / f"{target}-from-{source}")}
 
     alone, pair = [sys.executable], ["torchrun", "--nproc-per-node", "2"]
     single: list[dict[str, Any]] = []
@@ -65,7 +70,7 @@ def results(
                 {**base, "name": name, "steps": END},
                 {**base, "name": f"{name}-half", "steps": MIDDLE, "write": state},
                 {**base, "name": f"{name}-resumed", "steps": END, "read": state},
-                {**base, "name": f"{name}-from-single", "steps": END, "read": str(folder / f"single-{precision}")},
+                {**base, "name": f"{name}-from-single", "steps": END, **moved(f"single-{precision}", name)},
             ]
             grown = {**base, "name": f"{name}-ramp", "steps": END, "overrides": ramp}
             if precision == "fp32":
@@ -82,24 +87,37 @@ def results(
             {**third, "name": f"zero3-{precision}-sharded", "sharded": True},
             {**third, "name": f"zero3-{precision}-recomputed", "sharded": True, "overrides": recomputed},
         ]
+    offloaded = {"engine.offload_optimizer": "cpu", "engine.offload_parameters": "cpu", **recomputed}
+    deepspeed.append({**third, "name": "zero3-bf16-offloaded", "sharded": True, "overrides": offloaded})
+    deepspeed.append({**deepspeed[-1], "name": "zero3-fp32-offloaded", "precision": "fp32"})
     compiled = {"overrides": {"engine.compile": True}, "compiler": "aot_eager"}
     deepspeed.append({**third, "name": "zero3-bf16-compiled", "sharded": True, **compiled})
     go(pair, deepspeed)
-    go(
-        alone,
-        [
-            {
-                "name": f"single-from-zero{stage}-{precision}",
-                "kind": "single",
-                "stage": 0,
-                "precision": precision,
-                "steps": END,
-                "read": str(folder / f"zero{stage}-{precision}"),
-            }
-            for precision in PRECISIONS
-            for stage in STAGES
-        ],
-    )
+    back = [
+        {
+            "name": f"single-from-zero{stage}-{precision}",
+            "kind": "single",
+            "stage": 0,
+            "precision": precision,
+            "steps": END,
+            **moved(f"zero{stage}-{precision}", "single"),
+        }
+        for precision in PRECISIONS
+        for stage in STAGES
+    ]
+    # two ranks' parts to one, and from one stage to another
+    back += [
+        {
+            "name": f"zero{stage}-on-one-from-zero{other}-bf16",
+            "kind": "deepspeed",
+            "stage": stage,
+            "precision": "bf16",
+            "steps": END,
+            **moved(f"zero{other}-bf16", f"zero{stage}-on-one"),
+        }
+        for stage, other in CHANGES
+    ]
+    go(alone, back)
     return found
 
 
@@ -182,6 +200,7 @@ def test_a_state_moves_between_the_engines(stage: int, precision: str, results: 
         (results[f"{name}-half"], results[f"single-from-{name}"]),
     )
     for written, read in moves:
+        assert read["changed"] == []  # of masters and both moments
         assert read["start"] == written["end"]
         if stage < 3:
             # what the next forward pass really uses, not what a getter says
@@ -190,10 +209,27 @@ def test_a_state_moves_between_the_engines(stage: int, precision: str, results: 
             assert largest_difference(results["single-fp32"], read, "loss") <= 1e-5
 
 
+@pytest.mark.parametrize(("stage", "other"), CHANGES)
+def test_a_state_of_two_ranks_is_taken_up_by_one_at_another_stage(stage: int, other: int, results: Results) -> None:
+    """Every pair of stages and world sizes, also of three and four ranks: test_reshape.py."""
+    written, read = results[f"zero{other}-bf16-half"], results[f"zero{stage}-on-one-from-zero{other}-bf16"]
+    assert read["changed"] == []
+    assert read["start"] == written["end"]
+    assert [update["step"] for update in read["updates"]] == [*range(MIDDLE + 1, END + 1)]
+
+
 def test_recomputed_activations_change_no_bit(results: Results) -> None:
     assert results["single-recomputed"]["updates"] == results["single-fp32"]["updates"]
     for precision in PRECISIONS:
         assert results[f"zero3-{precision}-recomputed"]["updates"] == results[f"zero3-{precision}"]["updates"]
+
+
+def test_what_is_offloaded_changes_no_loss_but_by_rounding(results: Results) -> None:
+    """With activation checkpointing, and no parameter kept gathered; all other cases are in test_offload.py."""
+    assert largest_difference(results["zero3-fp32"], results["zero3-fp32-offloaded"], "loss") <= 1e-5
+    assert largest_difference(results["single-fp32"], results["zero3-fp32-offloaded"], "loss") <= 1e-5
+    rounding = largest_difference(results["single-fp32"], results["single-bf16"], "loss")
+    assert largest_difference(results["zero3-bf16"], results["zero3-bf16-offloaded"], "loss") <= 2 * rounding
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -215,7 +251,7 @@ def test_samples_after_an_update_come_from_the_new_weights(results: Results) -> 
 def test_an_engine_announces_the_gradient_that_comes(results: Results) -> None:
     """So that the loss is one pass over the logits, and its gradient rounded once."""
     for name, result in results.items():
-        ranks = 1 if name.startswith("single") else 2
+        ranks = 1 if name.startswith("single") or "on-one" in name else 2
         assert len(result["loss_gradients"]) == sum(result["micro_batches"]) // ranks, name
         assert all(came == announced for came, announced in result["loss_gradients"]), name
 

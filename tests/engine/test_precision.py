@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastgpt.engine import precision
-from fastgpt.engine.precision import LossScale, resolve_device, resolve_precision
-from fastgpt.errors import UserError
+from fastgpt.engine.precision import LossScale, resolve_device, resolve_precision, told_of_divergence
+from fastgpt.errors import SharedError, UserError
 
 CPU = torch.device("cpu")
 
@@ -56,6 +56,17 @@ def test_the_scale_follows_deepspeeds(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.update(overflow)
         assert ours.scale == theirs.cur_scale
         assert ours.clean == theirs.cur_iter - theirs.last_overflow_iter - 1
+    with pytest.raises(SharedError, match="diverged"):
+        for _ in range(20):
+            ours.update(overflow=True)
+    with pytest.raises(SharedError, match=r"the run has diverged\. Lower train\.lr"), told_of_divergence():
+        for _ in range(20):
+            theirs.update_scale(True)
+
+
+def test_only_a_loss_scale_at_its_end_is_a_diverged_run() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), told_of_divergence():
+        raise RuntimeError("a bug")
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:

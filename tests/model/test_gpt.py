@@ -35,19 +35,29 @@ def test_the_published_models_have_exactly_their_parameters(count: int) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 50), st.sampled_from(["pre", "post"]))
-def test_the_parameter_count_is_that_of_the_model(layers: int, heads: int, size: int, rows: int, norm: str) -> None:
-    config = ModelConfig.model_validate(
-        {"n_layer": layers, "n_head": heads, "n_embd": heads * size, "context": 7, "vocab_size": rows, "norm": norm}
-    )
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(1, 50),
+    st.sampled_from(["pre", "post"]),
+    st.sampled_from(["separate", "table"]),
+)
+def test_the_parameter_count_is_that_of_the_model(
+    layers: int, heads: int, size: int, rows: int, norm: str, embedding: str
+) -> None:
+    shape = {"n_layer": layers, "n_head": heads, "n_embd": heads * size, "context": 7, "vocab_size": rows}
+    config = ModelConfig.model_validate(shape | {"norm": norm, "embedding": embedding})
     with torch.device("meta"):
         model = GPT(config, load_ops("torch"))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
 
 
-def test_flops_count_every_matrix_product(config: ModelConfig) -> None:
+@pytest.mark.parametrize("embedding", ["separate", "table"])
+def test_flops_count_every_matrix_product(config: ModelConfig, embedding: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
+    config = config.model_copy(update={"embedding": embedding})
     model = build_model(config, load_ops("reference"))
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, config.context, dtype=torch.int64)).sum().backward()

@@ -7,7 +7,7 @@ from fastgpt_kernels import load_ops
 
 from fastgpt.config import ModelConfig
 from fastgpt.model import GPT, build_model
-from fastgpt.model.init import decays, initial_value, initialise
+from fastgpt.model.init import decays, initial_value, initial_values, initialise
 
 SHAPE = (300, 401)
 
@@ -76,7 +76,7 @@ def test_values_do_not_depend_on_how_many_are_drawn_at_a_time(
 
 def test_a_bf16_model_starts_at_the_rounded_values(config: ModelConfig) -> None:
     model = GPT(config, load_ops("torch")).to(torch.bfloat16)
-    initialise(model, 3)
+    initialise(model, initial_values(config, 3))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, initial_value(name, tuple(parameter.shape), config, 3).to(torch.bfloat16)), name
 

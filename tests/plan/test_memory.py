@@ -9,8 +9,8 @@ from benchmarks.memory_trace import trace_step
 from benchmarks.planning import TRACED, key_of, predicted_bytes, settings, traced_cases
 from fastgpt.config import Config
 from fastgpt.plan import memory
-from fastgpt.plan.layout import Layout, as_configured
-from fastgpt.plan.memory import kept_by_block, moments, needed
+from fastgpt.plan.layout import Layout, Offload, as_configured
+from fastgpt.plan.memory import Memory, host_memory, kept_by_block, moments, needed
 from fastgpt.plan.planner import Request, make_plan
 from fastgpt.sizes import parameter_count
 
@@ -35,6 +35,11 @@ def test_the_plan_is_within_a_tenth_of_what_a_shallow_models_step_allocates(name
 @pytest.mark.parametrize("words", ["train.batch_tokens=4096", "engine.precision=fp32", "model.dropout=0"])
 def test_so_it_is_without_accumulation_in_fp32_and_without_dropout(words: str) -> None:
     assert abs(error(settings("gpt2-124m", f"{SHALLOW} engine.precision=bf16 {words}"))) < 0.1
+
+
+@pytest.mark.parametrize("words", ["engine.precision=bf16", "engine.precision=fp32"])
+def test_so_it_is_with_one_table_of_tokens_and_positions(words: str) -> None:
+    assert abs(error(settings("gpt1-117m", f"{SHALLOW} model.embedding=table {words}"))) < 0.1
 
 
 def test_what_stays_between_updates_is_counted_exactly() -> None:
@@ -67,8 +72,8 @@ def test_zero_divides_what_its_stages_shard() -> None:
     config = settings("gpt2-355m", "engine.reduce_bucket_size=1000")
     parameters = parameter_count(config.model)
 
-    def of(stage: int, gpus: int = 8, offload: str = "none"):  # type: ignore[no-untyped-def]
-        layout = Layout(gpus, "bf16", 4, 2, stage, offload, False, True)  # type: ignore[arg-type]
+    def of(stage: int, gpus: int = 8, *, precision: str = "bf16", offload: Offload = Offload()) -> Memory:  # noqa: B008
+        layout = Layout(gpus, precision, 4, 2, stage, offload, False, True)  # type: ignore[arg-type]
         return moments(config, layout)["output matrix"]
 
     table = 2 * config.model.vocab_size * config.model.n_embd  # its gradient, as output matrix
@@ -83,9 +88,29 @@ def test_zero_divides_what_its_stages_shard() -> None:
     assert {of(stage).weights for stage in (0, 1, 2)} == {2 * parameters}
     assert of(3, 64).weights < of(3, 8).weights < 2 * parameters
     assert {of(stage).activations for stage in range(4)} == {of(0).activations}
-    assert of(2, offload="optimizer").optimizer == 0
-    assert of(2, offload="optimizer").gradients == table
-    assert of(3, offload="optimizer+parameters").weights < of(3, offload="optimizer").weights
+    host, both = Offload("cpu"), Offload("cpu", "cpu")
+    assert {of(stage, offload=host).optimizer for stage in (1, 2, 3)} == {0}
+    # DeepSpeed adds gradients up on the GPU but for stage 3, and in fp32 for stage 2
+    assert [of(stage, offload=host).gradients - table for stage in (1, 2, 3)] == [4 * parameters, parameters // 2, 0]
+    assert of(2, precision="fp32", offload=host).gradients == 2 * table
+    assert of(3, offload=host).weights - of(3, offload=both).weights == 2 * parameters // 8
+    assert of(3, offload=Offload(parameters="cpu")).optimizer == of(3).optimizer
+
+
+def test_what_is_offloaded_takes_the_hosts_memory_or_little_of_it() -> None:
+    config = settings("gpt2-1558m", "")
+    parameters = parameter_count(config.model)
+
+    def of(stage: int, *where: str) -> float:
+        layout = Layout(1, "bf16", 1, 1, stage, Offload(*where), False, True)  # type: ignore[arg-type]
+        return host_memory(config, layout) / parameters
+
+    assert of(3) == 0
+    assert (of(1, "cpu"), of(2, "cpu"), of(3, "cpu")) == (18, 18, 20)
+    assert (of(3, "none", "cpu"), of(3, "cpu", "cpu")) == (2, 22)
+    assert 4 < of(3, "nvme") < 6
+    # DeepSpeed keeps the first 10^9 weights in memory
+    assert 2e9 / parameters < of(3, "none", "nvme") < 2e9 / parameters + 1
 
 
 def test_the_columns_of_logits_are_the_kernels() -> None:
@@ -97,7 +122,7 @@ def test_the_columns_of_logits_are_the_kernels() -> None:
 
 def test_more_sequences_layers_or_words_never_take_less_memory() -> None:
     def total(words: str, micro: int = 4) -> int:
-        return needed(settings("gpt2-124m", words), Layout(8, "bf16", micro, 2, 2, "none", False, True)).total
+        return needed(settings("gpt2-124m", words), Layout(8, "bf16", micro, 2, 2, Offload(), False, True)).total
 
     plain = total("")
     assert plain < total("", 8) < total("", 9)

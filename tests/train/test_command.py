@@ -264,3 +264,21 @@ def test_a_run_that_another_process_trained_meanwhile_is_left_alone(
     assert main(words) == 2
     assert "another process has trained in it meanwhile" in capsys.readouterr().err
     assert len(records(tmp_path / "run")) == 12 + 4
+
+
+def test_training_goes_on_from_another_models_weights_with_its_tokenizer(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tiny), f"out={tmp_path / 'run'}", "engine.precision=fp32", "train.steps=2", "train.seed=5"]
+    assert main(["train", *words, "--init", str(run)]) == 0
+    before, after = (records(folder) for folder in (run, tmp_path / "run"))
+    last = [r["loss"] for r in before if r["split"] == "validation"][-1]
+    # the seed decides which documents validate, so that the text is not quite the same
+    assert after[0]["step"] == 0 and after[0]["loss"] == pytest.approx(last, rel=0.05)
+    assert after[0]["loss"] < before[0]["loss"] - 0.5
+    capsys.readouterr()
+    other = [*words[:1], f"out={tmp_path / 'other'}", "model.n_layer=3"]
+    assert main(["train", *other, "--init", str(run)]) == 2
+    assert "holds another model: model.n_layer is 3 and there 2" in capsys.readouterr().err
+    assert main(["train", *other, "--init", str(tmp_path / "nothing")]) == 2
+    assert "train.init: " in capsys.readouterr().err

@@ -13,6 +13,7 @@ import torch
 
 from fastgpt.cli import main
 from fastgpt.engine.base import Update
+from fastgpt.ramp import BatchSizes
 from fastgpt.train.watchers import FirstUpdate, Measured
 
 PROGRAM = Path(__file__).with_name("compile_program.py")
@@ -36,7 +37,7 @@ def test_a_machine_without_a_cpp_compiler_is_one_line(
 
 
 def test_the_time_of_the_first_update_of_a_start_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    watcher = FirstUpdate(batch_tokens=600)
+    watcher = FirstUpdate(BatchSizes(6000, 600, 10**6))  # a ramp: the first updates are smaller than those later on
     watcher.begin(7)
     assert [step for step in range(7, 12) if watcher.looks_at(step)] == [8], "others need not wait for the device"
     with caplog.at_level(logging.INFO, logger="fastgpt"):

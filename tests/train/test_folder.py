@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from fastgpt.config import Config
+from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import UserError
-from fastgpt.train.folder import RunLock, keep_resolved, plan, save_config
+from fastgpt.train.folder import RunLock, keep_resolved, plan, save_config, shared_plan
 
 
 def config(folder: Path, **changes: Any) -> Config:
@@ -108,7 +109,14 @@ def test_checkpoints_without_a_manifest_are_no_fresh_start(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "change",
-    [{"data__verify": False}, {"data__cache": "elsewhere"}, {"engine__threads": 7}, {"train__keep": 9}],
+    [
+        {"data__verify": False},
+        {"data__cache": "elsewhere"},
+        {"engine__threads": 7},
+        {"engine__cuda_graph": False},
+        {"train__activation_checkpointing": True},
+        {"train__keep": 9},
+    ],
     ids=lambda c: next(iter(c)),
 )
 def test_settings_that_change_no_number_do_not_start_another_run(change: dict[str, Any], tmp_path: Path) -> None:
@@ -150,6 +158,22 @@ def test_what_auto_came_to_is_kept(tmp_path: Path) -> None:
 def test_auto_is_no_change(tmp_path: Path) -> None:
     leave_run(tmp_path / "run", config(tmp_path, engine__precision="bf16"), 10)
     assert plan(config(tmp_path)).finished
+
+
+def test_ranks_follow_the_plan_of_the_first_and_do_not_look_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_run(tmp_path / "run", config(tmp_path, engine__precision="bf16"), 5)
+    asked = config(tmp_path, train__lr=0.5)
+    first = Ranks()
+    told: list[str] = []
+    monkeypatch.setattr(first, "on_first", lambda work: told.append(json.dumps(work())) or json.loads(told[0]))
+    made = shared_plan(first, asked)
+    assert made == plan(asked) and made.changes == ("train.lr was 1.0, is 0.5",) and made.newest == 5
+    other = Ranks()
+    monkeypatch.setattr(other, "on_first", lambda work: json.loads(told[0]))
+    monkeypatch.setattr("fastgpt.train.folder.plan", None)
+    assert shared_plan(other, asked) == made
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:

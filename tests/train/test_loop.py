@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 from fastgpt.engine.base import Pending, Update
 from fastgpt.engine.ranks import Ranks
 from fastgpt.ramp import BatchSizes
+from fastgpt.train import loop
 from fastgpt.train.loop import train
 from fastgpt.train.saver import Interrupted, Saver
 from fastgpt.train.watchers import Measured
@@ -36,9 +38,10 @@ class Device:
 class Looker:
     """A watcher that looks at the engine at some steps."""
 
-    def __init__(self, engine: Device, steps: set[int]) -> None:
-        self.engine, self.steps = engine, steps
+    def __init__(self, engine: Device, steps: set[int], sizes: BatchSizes = BatchSizes(10)) -> None:  # noqa: B008 - no one changes it
+        self.engine, self.steps, self.sizes = engine, steps, sizes
         self.told: list[int] = []
+        self.rates: list[float] = []
 
     def begin(self, step: int) -> None:
         pass
@@ -48,7 +51,8 @@ class Looker:
 
     def after(self, measured: Measured) -> None:
         self.told.append(measured.update.step)
-        assert measured.tokens == 10 * measured.update.step and measured.tokens_per_second > 0
+        assert measured.tokens == self.sizes.before(measured.update.step + 1)
+        self.rates.append(measured.tokens_per_second)
         if measured.update.step in self.steps:
             assert self.engine.step == measured.update.step
 
@@ -77,6 +81,31 @@ def test_where_a_watcher_looks_at_the_engine_nothing_is_under_way() -> None:
     assert engine.events[6:] == ["begin 4", "begin 5", "read 4", "read 5"]
 
 
+@pytest.mark.parametrize("done", [True, False])
+def test_the_rate_of_an_update_is_its_tokens_over_its_own_time(done: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 0.0
+
+    class Clocked(Device):
+        def _read(self, step: int) -> Update:
+            nonlocal seconds
+            seconds += 2.0  # of the device, for which reading waits
+            return super()._read(step)
+
+    class Slow(Looker):
+        def after(self, measured: Measured) -> None:
+            nonlocal seconds
+            super().after(measured)
+            if measured.update.step in self.steps:
+                seconds += 100.0  # of a validation
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: seconds)
+    engine = Clocked(done)
+    sizes = BatchSizes(30, 10, 10)  # of 10, then of 30 tokens
+    looker = Slow(engine, {2, 3}, sizes)
+    train(engine, iter([None] * 6), steps=6, sizes=sizes, watchers=[looker])  # type: ignore[arg-type, list-item]
+    assert looker.rates == [5.0, *[15.0] * 5]
+
+
 class Store:
     """Keeps nothing but the steps that were saved."""
 
@@ -88,7 +117,7 @@ class Store:
         writes[0](Path())
 
 
-@pytest.mark.parametrize(("done", "saved"), [(True, 2), (False, 4)])
+@pytest.mark.parametrize(("done", "saved"), [(True, 2), (False, 3)])
 def test_a_signal_saves_an_engine_that_stands_at_the_step_it_is_saved_as(done: bool, saved: int) -> None:
     engine, store = Device(done), Store()
     saver = Saver(
@@ -104,9 +133,9 @@ def test_a_signal_saves_an_engine_that_stands_at_the_step_it_is_saved_as(done: b
     class Signals(Looker):
         def after(self, measured: Measured) -> None:
             if measured.update.step == 2:
-                saver._signal = 15
+                signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="SIGTERM"), saver.signals():
         watchers = [Signals(engine, set()), saver]
         train(engine, iter([None] * 9), steps=9, sizes=BatchSizes(10), watchers=watchers)  # type: ignore[arg-type, list-item]
     assert store.saved == [saved] and engine.events[-1] == f"write {saved}"

@@ -1,7 +1,10 @@
 import json
 from pathlib import Path
 
+from fastgpt.engine.base import Update
 from fastgpt.train.metrics import MetricsFile
+from fastgpt.train.recorder import Recorder
+from fastgpt.train.watchers import Measured
 
 
 def write(path: Path, text: str) -> None:
@@ -51,3 +54,21 @@ def test_numbers_keep_all_their_digits(tmp_path: Path) -> None:
     metrics.write({"step": 1, "loss": loss})
     metrics.close()
     assert json.loads(path.read_text())["loss"] == loss
+
+
+def test_tensorboard_forgets_what_a_checkpoint_does_not_know_of(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def record(recorder: Recorder, step: int, loss: float) -> None:
+        update = Update(step, loss, grad_norm=1.0, learning_rate=0.1, applied=True)
+        recorder.after(Measured(update, tokens=10 * step, tokens_per_second=1.0))
+
+    first = Recorder(tmp_path, resume_step=None)
+    for step in (1, 2, 3):
+        record(first, step, 1.0)
+    first.close()
+    resumed = Recorder(tmp_path, resume_step=1)
+    record(resumed, 2, 5.0)
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 5.0)]

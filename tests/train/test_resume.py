@@ -17,7 +17,9 @@ Losses = Callable[[Path], dict[tuple[int, str], float]]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 40
-SETTINGS = (f"train.steps={STEPS}", "train.save_every=5", "train.eval_every=10", "train.sample_tokens=0")
+# two runs are compared: on a busy machine `auto` may choose bf16 for one of them and fp32 for the other
+PRECISION = "engine.precision=bf16"
+SETTINGS = (f"train.steps={STEPS}", "train.save_every=5", "train.eval_every=10", "train.sample_tokens=0", PRECISION)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def kill_at(words: list[str], metrics: Path, lines: int, environment: dict[str, 
     """Start a command and SIGKILL all its processes once its metrics have so many lines."""
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
@@ -96,6 +98,35 @@ def test_a_killed_run_ends_as_one_left_alone(
         assert (STEPS, "train") not in recorded(killed)
     command(*again)
     assert losses(killed) == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_48_layers_sharded_and_recomputed_end_as_ones_left_alone(
+    tiny: Path, tmp_path: Path, command: Command, losses: Losses, environment: dict[str, str]
+) -> None:
+    """GPT-2's deepest stack, narrow, each block computed twice.
+
+    ZeRO-3 shards masters, moments and gradients; parameters of less than 100,000 elements DeepSpeed keeps gathered.
+    """
+    deep = ("model.n_layer=48", "model.n_embd=128", "model.n_head=4", "train.activation_checkpointing=true")
+    settings = ("train.steps=9", "train.save_every=2", "train.eval_every=null", "train.eval_tokens=256")
+    fewer = ("train.batch_tokens=128", "train.sample_tokens=0", "train.lr=1e-3", "engine.zero_stage=3", PRECISION)
+    words = [*launcher(3), str(tiny), *deep, *settings, *fewer]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    outcome = command(*words, f"out={whole}", timeout=1200)
+    undisturbed = losses(whole)
+    assert (9, "train") in undisturbed, outcome.stderr[-3000:]
+    assert undisturbed[9, "validation"] < undisturbed[0, "validation"]
+
+    again = [*words, f"out={killed}"]
+    lines = random.Random(time.time_ns()).randrange(4, 9)
+    print("killed after lines", lines)
+    kill_at(again, killed / "metrics.jsonl", lines, environment)
+    assert (9, "train") not in recorded(killed)
+    outcome = command(*again, timeout=1200)
+    assert "going on from" in outcome.stderr
+    assert losses(killed) == undisturbed
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves either the old state or the new one, never half of one."""
+"""Files on the disk: flushed, replaced in one step, hashed, open to readers."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text in one step."""
+    """Replace a file's text in one step: a crash leaves either the old text or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -32,9 +32,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 def open_to_readers(path: Path) -> None:
     """Give a file the mode that the user's umask asks for: safetensors writes files that only their owner can read."""
-    umask = os.umask(0)
+    path.chmod(0o666 & ~current_umask())
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    umask = os.umask(0o022)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    return umask
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,364 @@
+"""`fastgpt finetune`: a pre-trained model and a task to a model that does the task."""
+
+import hashlib
+import json
+import logging
+import math
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgpt.checkpoint.store import Checkpoint, CheckpointStore
+from fastgpt.config import Config, ModelConfig, TableConfig
+from fastgpt.data.prefetch import prefetch
+from fastgpt.engine.backend import ops_for
+from fastgpt.engine.base import Engine
+from fastgpt.engine.prepare import prepare
+from fastgpt.engine.ranks import Ranks
+from fastgpt.errors import SharedError, UserError, did_you_mean
+from fastgpt.files import write_atomically
+from fastgpt.finetune_config import SPECIAL_TOKENS, FinetuneConfig, engine_config
+from fastgpt.launch import kind_of
+from fastgpt.launchers import find_launch
+from fastgpt.load import load_model
+from fastgpt.model.seeds import fold
+from fastgpt.model.task import TaskModel, TaskShape
+from fastgpt.model.transfer import transferred_values
+from fastgpt.sizes import flops_per_token, parameter_count
+from fastgpt.task_folder import FineTuned, fine_tuned, load_task_model, save_task_model
+from fastgpt.tasks import DATA_SETS, Encoded, Kind, SpecialTokens, Task, encode_examples, load_examples
+from fastgpt.tasks.metrics import check_metrics
+from fastgpt.tasks.source import ExampleSource
+from fastgpt.tokenizer import Tokenizer
+from fastgpt.train.best import best_result, replace_best
+from fastgpt.train.display import Reporter, display_for
+from fastgpt.train.folder import Plan, RunLock, keep_resolved, newest_checkpoint, save_config, shared_plan
+from fastgpt.train.hardware import peak_flops
+from fastgpt.train.loop import train
+from fastgpt.train.process import as_rank, check_deepspeed_keys
+from fastgpt.train.recorder import Recorder
+from fastgpt.train.saver import Saver
+from fastgpt.train.scoring import Alone, evaluate, told
+from fastgpt.train.start import set_up
+from fastgpt.train.task_evaluation import TaskEvaluation, best_so_far
+from fastgpt.train.watchers import Guard, Watcher
+from fastgpt.wording import Places
+
+log = logging.getLogger(__name__)
+
+# what the run's seed is folded with
+ORDER, SPLIT = 3, 5
+
+
+class Pretrained(NamedTuple):
+    """What is started from."""
+
+    model: ModelConfig  # as it was trained
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+    special: SpecialTokens | None  # where it was fine-tuned before
+
+
+class Examples(NamedTuple):
+    """The task and its examples as tokens."""
+
+    task: Task
+    train: list[Encoded]
+    validation: list[Encoded]
+    test: list[Encoded] | None
+
+    def fingerprint(self) -> str:
+        """A digest of what is trained and validated on."""
+        digest = hashlib.sha256(repr(self.task).encode())
+        for split in (self.train, self.validation):
+            for item in split:
+                digest.update(np.array([len(s) for s in item.sequences], np.int64).tobytes())
+                digest.update(np.concatenate([np.array(s, np.int64) for s in item.sequences]).tobytes())
+                digest.update(repr(item.target).encode())
+        return digest.hexdigest()
+
+
+def run(config: FinetuneConfig, *, must_resume: bool = False, places: Places | None = None) -> Path:
+    """Fine-tune, or go on with it, as the settings say; every rank calls this.
+
+    Args:
+        config: the settings.
+        must_resume: refuse to start anew.
+        places: where each setting was written, for what is said of it.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: something that the user can mend.
+        RankLost: another rank is gone.
+        Interrupted: a signal ended the run; its checkpoint is written.
+    """
+    launch = find_launch()
+    kind = kind_of(config.engine, launch)
+    world_size = launch.world_size if launch else 1
+    parts = config.train.batch_size // config.train.micro_batch_size
+    if parts % world_size:
+        unit = config.train.micro_batch_size * world_size
+        raise SharedError(
+            f"train.batch_size: {config.train.batch_size} is {parts} micro-batches, which cannot be dealt evenly to "
+            f"{world_size} ranks; it must be a multiple of {unit}. The nearest is "
+            f"{max(1, round(config.train.batch_size / unit)) * unit}"
+        )
+    return as_rank(
+        config.engine,
+        kind,
+        launch,
+        lambda device, ranks: _Run(config, kind, device, ranks, places or Places(), must_resume=must_resume).go(),
+    )
+
+
+class _Run:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        kind: Literal["single", "deepspeed"],
+        device: torch.device,
+        ranks: Ranks,
+        places: Places,
+        *,
+        must_resume: bool,
+    ) -> None:
+        self.ranks = ranks
+        self.kind = kind
+        self.device = device
+        self.display = display_for(ranks.rank)
+        if ranks.world_size > 1:  # every rank reads the same files; rank 0 tells what is wrong with them
+            ranks.on_first(lambda: bool(self._read(config)))
+        self.pretrained, self.tuned, self.examples = self._read(config)
+        source = self._source(config)
+        self.updates_per_epoch = source.updates_per_epoch
+        self.steps = config.train.epochs * source.updates_per_epoch
+        self.source = source
+        self.plan: Plan[FinetuneConfig] = shared_plan(ranks, config, steps=self.steps, must_resume=must_resume)
+        asked = config.engine.threads
+        if self.plan.saved:
+            config = keep_resolved(config, self.plan.saved)
+        self.config = set_up(config, device, ranks, threads=asked)
+        self.model = self.pretrained.model.model_copy(
+            update={
+                "dropout": config.train.dropout,
+                "vocab_size": self.pretrained.model.vocab_size + (0 if self.pretrained.special else SPECIAL_TOKENS),
+            }
+        )
+        self.engine_config: Config = engine_config(self.config, self.model, self.updates_per_epoch)
+        check_deepspeed_keys(self.engine_config, kind, device, ranks.local_rank, places)
+
+    def go(self) -> Path:
+        """Fine-tune to the end."""
+        folder = self.plan.folder
+        if self.plan.finished:
+            self.display.print(f"{folder}: finished at step {self.steps}; nothing to do")
+            return folder
+        if folder != Path(self.config.out):
+            log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
+        store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
+        checkpoint = newest_checkpoint(self.ranks, store) if self.plan.resume else None
+        fingerprint = self.examples.fingerprint()
+        if checkpoint and checkpoint.state.get("data") != fingerprint:
+            raise SharedError(
+                f"task.train: its examples, or those of validation, are no longer those that the run in {folder} was "
+                "trained on. Restore them, or choose another 'out'"
+            )
+        engine = self._engine()
+        if checkpoint:
+            engine.read(checkpoint.folder)
+            log.info("going on from %s", checkpoint.folder)
+        with closing(RunLock(folder)) as lock:
+            self.ranks.on_first(lambda: lock.take(store, self.plan.newest, checkpoint))
+            if self.ranks.rank == 0:
+                save_config(folder, self.config)
+            self._train(engine, store, checkpoint, fingerprint)
+        return folder
+
+    def _train(self, engine: Engine, store: CheckpointStore, checkpoint: Checkpoint | None, fingerprint: str) -> None:
+        config, folder, first = self.config, self.plan.folder, self.ranks.rank == 0
+        task = self.examples.task
+        resume_step = checkpoint.step if checkpoint else None
+        best = self.ranks.on_first(lambda: best_so_far(folder / "metrics.jsonl", resume_step or 0, task))
+        recorder = Recorder(folder if first else None, resume_step=resume_step)
+
+        def write_model(target: Path) -> None:
+            weights = engine.model_state()
+            if weights is not None:
+                save_task_model(target, weights, self.model, self.pretrained.tokenizer, self.tuned)
+
+        def keep(result: dict[str, Any]) -> None:
+            weights = engine.model_state()
+            if weights is not None:
+                tokenizer, tuned = self.pretrained.tokenizer, self.tuned
+                replace_best(
+                    folder, lambda target: save_task_model(target, weights, self.model, tokenizer, tuned), result
+                )
+            self.ranks.barrier()
+
+        evaluation = TaskEvaluation(
+            engine,
+            self.examples.validation,
+            task,
+            steps=self.steps,
+            every=config.train.eval_every or self.updates_per_epoch,
+            batch_size=config.train.micro_batch_size,
+            record=recorder.write,
+            show=self.display.print,
+            keep=keep,
+            best=-math.inf if best is None else best,  # JSON has no infinity
+        )
+        saver = Saver(
+            engine,
+            store,
+            steps=self.steps,
+            every=config.train.save_every or self.updates_per_epoch,
+            state={"data": fingerprint, "world_size": self.ranks.world_size, "config": config.model_dump()},
+            save_model=write_model,
+            before=recorder.sync,
+        )
+        peak = peak_flops(self.device)
+        reporter = Reporter(
+            self.display, self.steps, flops_per_token(self.model), peak and peak * self.ranks.world_size
+        )
+        watchers: list[Watcher] = [Guard(), recorder, reporter, evaluation, saver]
+        try:
+            with saver.signals(), prefetch(self.source.batches(engine.step)) as batches:
+                train(engine, batches, steps=self.steps, sizes=self.source.tokens(self.steps), watchers=watchers)
+        finally:
+            self.display.stop()
+            recorder.close()
+        self._summarise()
+
+    def _summarise(self) -> None:
+        """What the run reached, for people and in `summary.json`: the best validation, and the test of that model."""
+        folder, task = self.plan.folder, self.examples.task
+        best = self.ranks.broadcast(best_result(folder) if self.ranks.rank == 0 else None)
+        if best is None:
+            raise SharedError(f"{folder}: no validation gave a number for {task.metrics[0]}; no model is the best")
+        summary: dict[str, Any] = {"steps": self.steps, "best": best}
+        if self.ranks.rank == 0:
+            if self.examples.test is not None:
+                model = load_task_model(folder, device=self.device, backend=self.config.kernels.backend)[0]
+                size = self.config.train.micro_batch_size
+                summary["test"] = evaluate(Alone(model, self.device), self.examples.test, task, size)
+            write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            self.display.print(f"\nbest validation, after step {best['step']}: {told(best, task)}")
+            if "test" in summary:
+                self.display.print(f"test of that model: {told(summary['test'], task)}")
+            self.display.print(f"run folder {folder}; use it: fastgpt predict {folder} FILE")
+        self.ranks.barrier()
+
+    def _read(self, config: FinetuneConfig) -> tuple[Pretrained, FineTuned, Examples]:
+        """The pre-trained model, and the examples as its tokens."""
+        pretrained = read_pretrained(config.pretrained)
+        data: str | TableConfig = config.task.table or config.task.data or ""
+        if isinstance(data, str) and data not in DATA_SETS:
+            raise UserError(
+                f"task.data: {data!r} is not a data set; known: {', '.join(DATA_SETS)}.{did_you_mean(data, DATA_SETS)}"
+            )
+        task, train_examples = load_examples(config.task.train, data, bad_rows=config.task.bad_rows)
+        if config.task.metrics:
+            check_metrics(config.task.metrics, task)
+            task = task._replace(metrics=tuple(config.task.metrics))
+        special = pretrained.special or SpecialTokens.after(pretrained.model.vocab_size)
+
+        def encoded(examples: Any) -> list[Encoded]:
+            return encode_examples(
+                examples,
+                task,
+                pretrained.tokenizer,
+                special,
+                pretrained.model.context,
+                too_long=config.task.too_long,
+            )
+
+        def others(path: str | None) -> list[Encoded] | None:
+            if path is None:
+                return None
+            return encoded(load_examples(path, data, bad_rows=config.task.bad_rows)[1])
+
+        validation = others(config.task.validation)
+        test = others(config.task.test)
+        chosen = encoded(train_examples)
+        shuffled = np.random.default_rng(fold(config.train.seed, SPLIT)).permutation(len(chosen))
+        if validation is None:
+            kept = max(1, round(config.task.validation_fraction * len(chosen)))
+            validation, shuffled = [chosen[i] for i in sorted(shuffled[:kept])], shuffled[kept:]
+        if config.task.examples is not None:
+            if config.task.examples > len(shuffled):
+                raise UserError(
+                    f"task.examples: {config.task.examples} are asked for, and there are {len(shuffled)} to train on"
+                )
+            shuffled = shuffled[: config.task.examples]
+        tuned = FineTuned(task, shape_of(task, config), special, data, config.task.too_long)
+        return pretrained, tuned, Examples(task, [chosen[i] for i in sorted(shuffled)], validation, test)
+
+    def _source(self, config: FinetuneConfig) -> ExampleSource:
+        return ExampleSource(
+            self.examples.train,
+            self.examples.task,
+            config.train.batch_size,
+            config.train.micro_batch_size,
+            fold(config.train.seed, ORDER),
+            self.ranks.rank,
+            self.ranks.world_size,
+        )
+
+    def _engine(self) -> Engine:
+        config = self.config
+        ops = ops_for(config.kernels.backend, self.device)
+        values = transferred_values(
+            self.pretrained.weights, self.model, config.train.seed, blocks=config.task.transfer_blocks
+        )
+        engine = prepare(
+            lambda: TaskModel(self.model, ops, self.tuned.shape),
+            self.engine_config,
+            kind=self.kind,
+            precision=config.engine.precision,
+            device=self.device,
+            ranks=self.ranks,
+            values=values,
+        )
+        log.info(
+            "%s parameters, %d training and %d validation examples, %d updates, %s engine on %d x %s, %s, %s kernels",
+            f"{parameter_count(self.model):,}",
+            len(self.examples.train),
+            len(self.examples.validation),
+            self.steps,
+            self.kind,
+            self.ranks.world_size,
+            self.device,
+            config.engine.precision,
+            config.kernels.backend,
+        )
+        return engine
+
+
+def shape_of(task: Task, config: FinetuneConfig) -> TaskShape:
+    """The output layer of a task."""
+    return TaskShape(
+        outputs=task.outputs,
+        choice=task.kind is Kind.CHOICE,
+        regression=task.score is not None,
+        pooling=config.task.pooling,
+        lm_weight=config.task.lm_weight,
+        dropout=config.task.dropout,
+    )
+
+
+def read_pretrained(folder: str) -> Pretrained:
+    """A model to start from. Raises UserError where it cannot be read, or has no tokenizer."""
+    model, tokenizer = load_model(folder)
+    if tokenizer is None:
+        raise UserError(f"{folder}: it has no tokenizer, without which no text becomes tokens")
+    tuned = fine_tuned(Path(folder))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return Pretrained(model.config, weights, tokenizer, tuned.special if tuned else None)
