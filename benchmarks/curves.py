@@ -32,7 +32,6 @@ from fastgpt.config import Config
 from fastgpt.data.prefetch import prefetch
 from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import Batch, ShardSource
-from fastgpt.engine.optimizer import set_learning_rate
 from fastgpt.engine.precision import resolve_device
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -99,7 +98,8 @@ class Plain(Peer):
         super().__init__(job, model, model, adamw(model, job.config), autocast)
 
     def update(self, batch: Batch) -> None:
-        set_learning_rate(self.optimizer, learning_rate(batch.step, self.job.config.train))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(batch.step, self.job.config.train)
         super().update(batch)
 
 
