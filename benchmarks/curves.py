@@ -150,8 +150,11 @@ def case_of(path: str | None, overrides: Sequence[str]) -> Case:
         raise UserError("engine.precision: fp16 is not compared with plain PyTorch; use bf16, fp32 or auto for both")
     if config.train.optimizer != "adamw":
         raise UserError(f"train.optimizer: PyTorch has no {config.train.optimizer}; use adamw")
+    for key, usual in (("layer_lr_decay", 1.0), ("unfreeze_every", None), ("init", None)):
+        if getattr(config.train, key) != usual:
+            raise UserError(f"train.{key}: is not compared with plain PyTorch; leave it out")
     tree = config.model_dump()
-    tree["engine"]["kind"] = "single"
+    tree["engine"] |= {"kind": "single", "offload_optimizer": "none", "offload_parameters": "none", "nvme_folder": None}
     tree["model"]["dropout"] = 0.0
     config = Config.model_validate(tree)
     job = Job(config, resolve_device(config.engine.device), None)
