@@ -1,7 +1,4 @@
-"""Compiled blocks under DeepSpeed's real ranks, at every stage: few graphs, and the updates of plain blocks.
-
-One stage is among the scenarios of test_engines.py.
-"""
+"""Compiled blocks under DeepSpeed's real ranks, at every stage: few graphs, and the updates of plain blocks."""
 
 import json
 import subprocess
@@ -43,6 +40,18 @@ def scenario(name: str, stage: int, precision: str, compiler: str | None, **more
         "sharded": stage == 3,
         **more,
     }
+
+
+def test_two_graphs_update_as_plain_blocks_do_where_parameters_are_gathered(tmp_path: Path, command: Command) -> None:
+    """Stage 3, no parameter kept: a block gathers its own around the graph, in the forward and for the backward."""
+    found = results_of(
+        [scenario("plain", 3, "bf16", None), scenario("ours", 3, "bf16", "aot_eager")], tmp_path, command
+    )
+    plain, ours = found["plain"], found["ours"]
+    assert (plain["graphs"], ours["graphs"]) == (0, GRAPHS)
+    assert ours["kept_gathered"] == 0
+    assert ours["updates"] == plain["updates"]
+    assert ours["end"] == plain["end"]
 
 
 @pytest.mark.slow
