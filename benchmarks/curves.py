@@ -32,7 +32,6 @@ from fastgpt.config import Config
 from fastgpt.data.prefetch import prefetch
 from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import Batch, ShardSource
-from fastgpt.engine.optimizer import set_learning_rate
 from fastgpt.engine.precision import resolve_device
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import learning_rate
@@ -99,7 +98,8 @@ class Plain(Peer):
         super().__init__(job, model, model, adamw(model, job.config), autocast)
 
     def update(self, batch: Batch) -> None:
-        set_learning_rate(self.optimizer, learning_rate(batch.step, self.job.config.train))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(batch.step, self.job.config.train)
         super().update(batch)
 
 
@@ -150,8 +150,11 @@ def case_of(path: str | None, overrides: Sequence[str]) -> Case:
         raise UserError("engine.precision: fp16 is not compared with plain PyTorch; use bf16, fp32 or auto for both")
     if config.train.optimizer != "adamw":
         raise UserError(f"train.optimizer: PyTorch has no {config.train.optimizer}; use adamw")
+    for key, usual in (("layer_lr_decay", 1.0), ("unfreeze_every", None), ("init", None)):
+        if getattr(config.train, key) != usual:
+            raise UserError(f"train.{key}: is not compared with plain PyTorch; leave it out")
     tree = config.model_dump()
-    tree["engine"]["kind"] = "single"
+    tree["engine"] |= {"kind": "single", "offload_optimizer": "none", "offload_parameters": "none", "nvme_folder": None}
     tree["model"]["dropout"] = 0.0
     config = Config.model_validate(tree)
     job = Job(config, resolve_device(config.engine.device), None)

@@ -266,6 +266,7 @@ def test_goals_ask_for_curves_within_the_spread():
         (["--seconds", "0"], "--seconds must be above 0, not 0"),
         (["engine.precision=fp16"], "engine.precision: fp16 is not compared"),
         (["train.optimizer=gpt1"], "train.optimizer: PyTorch has no gpt1; use adamw"),
+        (["train.unfreeze_every=3"], "train.unfreeze_every: is not compared with plain PyTorch; leave it out"),
         (["model.attention=alternating", "model.window=8"], "it has no windows in its attention"),
         (["train.stepz=3"], "train.stepz is not a setting. Did you mean train.steps?"),
         (["data.path=/nowhere/text.txt"], "/nowhere/text.txt: no such file"),
