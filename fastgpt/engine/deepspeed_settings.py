@@ -84,8 +84,8 @@ def _zero(config: Config, world_size: int, nvme_folder: str | None) -> dict[str,
     }
     if stage == 3:
         zero |= {
-            # a compiled block gathers all of its weights itself: what DeepSpeed 0.19 had gathered ahead of the block that
-            # comes next would still be on its way when the weights are read
+            # a compiled block gathers all of its weights itself: what DeepSpeed 0.19 had gathered ahead of the next one
+            # would still be on its way when the weights are read
             "stage3_prefetch_bucket_size": 0 if engine.compile else buckets.prefetched(model),
             "stage3_max_live_parameters": buckets.live(model),
             "stage3_max_reuse_distance": buckets.kept_for_reuse(model),
