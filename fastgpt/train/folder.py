@@ -241,7 +241,7 @@ def _refuse_another_run(
     folder: Path, step: int, changed: dict[str, tuple[object, object]], config: Config | FinetuneConfig
 ) -> None:
     # a run of fine-tuning is short, and each setting of its task and training decides what it comes to
-    deciding = _FIXED
+    deciding: tuple[str, ...] = _FIXED
     if isinstance(config, FinetuneConfig):
         deciding = tuple(key for key in changed if key.partition(".")[0] not in _FREE_SECTIONS)
     fixed = [f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in deciding if key in changed]
