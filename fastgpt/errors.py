@@ -1,7 +1,8 @@
 """Errors that a user can mend: one clear line each, exit code 2, no traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -13,6 +14,15 @@ class UserError(ValueError):
 
 class SharedError(UserError):
     """A user's error that every rank of a run raises alike: rank 0 tells it for all."""
+
+
+@contextmanager
+def alike_on_every_rank() -> Iterator[None]:
+    """A user's error that is raised within is one that every rank raises."""
+    try:
+        yield
+    except UserError as problem:
+        raise SharedError(str(problem)) from None
 
 
 class RankLost(Exception):  # noqa: N818 - named as its message is

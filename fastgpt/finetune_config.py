@@ -65,10 +65,10 @@ class TaskConfig(Section):
 class FinetuneTrainConfig(Section):
     """How it learns."""
 
-    epochs: Positive = 3
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 3
     batch_size: Positive = 32
     """Examples of one update, over all ranks; the last ones of an epoch that do not fill a batch are left out of it."""
-    micro_batch_size: Positive = 32
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
     """Examples of one forward pass on one rank."""
     lr: Annotated[float, Field(gt=0)] = 6.25e-5
     min_lr: Annotated[float, Field(ge=0)] = 0.0

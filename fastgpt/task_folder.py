@@ -117,5 +117,6 @@ def load_task_model(
         state |= {name: t.to(first.device, first.dtype) for name, t in load_file(path).items()}
         model.load_state_dict(state, assign=True)
     except (SafetensorError, OSError, RuntimeError) as problem:
-        raise UserError(f"{path}: not the output layer of this task: {str(problem).splitlines()[0]}") from None
+        reason = str(problem).splitlines()[-1].strip()  # PyTorch's first line names its class alone
+        raise UserError(f"{path}: not the output layer of this task: {reason}") from None
     return model.eval(), tokenizer, tuned

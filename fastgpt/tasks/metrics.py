@@ -56,16 +56,29 @@ METRICS: dict[str, Callable[[Numbers, Numbers], float]] = {
 }
 
 
-def check_metrics(metrics: Sequence[str], task: Task) -> None:
-    """See that the metrics are known, and fit the task. Raises UserError where one does not."""
-    fitting = {"pearson", "spearman"} if task.score is not None else set(METRICS) - {"pearson", "spearman"}
+CORRELATIONS = {"pearson", "spearman"}  # of scores; the others are of classes
+
+
+def check_metrics(metrics: Sequence[str], task: Task, *, setting: str = "metrics") -> None:
+    """See that the metrics are known, fit the task, and can be computed here.
+
+    Raises UserError, naming the `setting`, where one does not, or is named twice, or its package is missing.
+    """
+    fitting = set(METRICS) - CORRELATIONS if task.score is None else CORRELATIONS
     if len(task.labels) > 2 or task.choices > 2:
-        fitting.discard("f1")
+        fitting = fitting - {"f1"}
     for name in metrics:
         if name not in METRICS:
-            raise UserError(f"{name!r} is not a metric; known: {', '.join(METRICS)}.{did_you_mean(name, METRICS)}")
+            near = did_you_mean(name, METRICS)
+            raise UserError(f"{setting}: {name!r} is not a metric; known: {', '.join(METRICS)}.{near}")
         if name not in fitting:
-            raise UserError(f"{name} is no metric of this task; use {', '.join(sorted(fitting))}")
+            raise UserError(f"{setting}: {name} is no metric of this task; use {', '.join(sorted(fitting))}")
+        if metrics.count(name) > 1:
+            raise UserError(f"{setting}: {name} is named twice")
+        if name in CORRELATIONS:
+            _stats(name)
+        else:
+            _sklearn(name)
 
 
 def score(metrics: Sequence[str], predictions: Numbers, targets: Numbers) -> dict[str, float]:
@@ -86,8 +99,12 @@ def _sklearn(name: str) -> Any:
     return import_extra("sklearn.metrics", extra="finetune", purpose=f"the metric {name}")
 
 
+def _stats(name: str) -> Any:
+    return import_extra("scipy.stats", extra="finetune", purpose=f"the metric {name}")
+
+
 def _correlation(name: str, predictions: Numbers, targets: Numbers) -> float:
-    stats = import_extra("scipy.stats", extra="finetune", purpose=f"the metric {name.removesuffix('r')}")
+    stats = _stats(name.removesuffix("r"))
     if len(set(predictions)) < 2 or len(set(targets)) < 2:
         return math.nan
     return float(getattr(stats, name)(predictions, targets).statistic)

@@ -19,7 +19,7 @@ from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.errors import SharedError, UserError, did_you_mean
+from fastgpt.errors import SharedError, UserError, alike_on_every_rank, did_you_mean
 from fastgpt.files import write_atomically
 from fastgpt.finetune_config import SPECIAL_TOKENS, FinetuneConfig, engine_config
 from fastgpt.launch import kind_of
@@ -42,7 +42,7 @@ from fastgpt.train.loop import train
 from fastgpt.train.process import as_rank, check_deepspeed_keys
 from fastgpt.train.recorder import Recorder
 from fastgpt.train.saver import Saver
-from fastgpt.train.scoring import Alone, evaluate, told
+from fastgpt.train.scoring import Untrained, evaluate, told
 from fastgpt.train.start import set_up
 from fastgpt.train.task_evaluation import TaskEvaluation, best_so_far
 from fastgpt.train.watchers import Guard, Watcher
@@ -134,10 +134,12 @@ class _Run:
         self.kind = kind
         self.device = device
         self.display = display_for(ranks.rank)
-        if ranks.world_size > 1:  # every rank reads the same files; rank 0 tells what is wrong with them
-            ranks.on_first(lambda: bool(self._read(config)))
-        self.pretrained, self.tuned, self.examples = self._read(config)
-        source = self._source(config)
+        self.pretrained, self.tuned, self.examples = self._read_together(config)
+        self.fingerprint = self.examples.fingerprint()
+        if len(set(ranks.gather(self.fingerprint))) > 1:
+            raise SharedError("task.train: the ranks read unlike examples; each host needs the same files")
+        with alike_on_every_rank():
+            source = self._source(config)
         self.updates_per_epoch = source.updates_per_epoch
         self.steps = config.train.epochs * source.updates_per_epoch
         self.source = source
@@ -161,12 +163,13 @@ class _Run:
         if self.plan.finished:
             self.display.print(f"{folder}: finished at step {self.steps}; nothing to do")
             return folder
+        for change in self.plan.changes:
+            log.info("%s: %s", folder, change)
         if folder != Path(self.config.out):
             log.info("%s holds another run, which is kept; this one is in %s", self.config.out, folder)
         store = CheckpointStore(folder / "checkpoints", keep=self.config.train.keep)
         checkpoint = newest_checkpoint(self.ranks, store) if self.plan.resume else None
-        fingerprint = self.examples.fingerprint()
-        if checkpoint and checkpoint.state.get("data") != fingerprint:
+        if checkpoint and checkpoint.state.get("data") != self.fingerprint:
             raise SharedError(
                 f"task.train: its examples, or those of validation, are no longer those that the run in {folder} was "
                 "trained on. Restore them, or choose another 'out'"
@@ -179,10 +182,10 @@ class _Run:
             self.ranks.on_first(lambda: lock.take(store, self.plan.newest, checkpoint))
             if self.ranks.rank == 0:
                 save_config(folder, self.config)
-            self._train(engine, store, checkpoint, fingerprint)
+            self._train(engine, store, checkpoint)
         return folder
 
-    def _train(self, engine: Engine, store: CheckpointStore, checkpoint: Checkpoint | None, fingerprint: str) -> None:
+    def _train(self, engine: Engine, store: CheckpointStore, checkpoint: Checkpoint | None) -> None:
         config, folder, first = self.config, self.plan.folder, self.ranks.rank == 0
         task = self.examples.task
         resume_step = checkpoint.step if checkpoint else None
@@ -220,7 +223,7 @@ class _Run:
             store,
             steps=self.steps,
             every=config.train.save_every or self.updates_per_epoch,
-            state={"data": fingerprint, "world_size": self.ranks.world_size, "config": config.model_dump()},
+            state={"data": self.fingerprint, "world_size": self.ranks.world_size, "config": config.model_dump()},
             save_model=write_model,
             before=recorder.sync,
         )
@@ -244,17 +247,29 @@ class _Run:
         if best is None:
             raise SharedError(f"{folder}: no validation gave a number for {task.metrics[0]}; no model is the best")
         summary: dict[str, Any] = {"steps": self.steps, "best": best}
+        if self.examples.test is not None:
+            model = load_task_model(folder, device=self.device, backend=self.config.kernels.backend)[0]
+            size = self.config.train.micro_batch_size
+            # by all ranks: they would not wait for one for more than engine.timeout_minutes
+            summary["test"] = evaluate(Untrained(model, self.device, self.ranks), self.examples.test, task, size)
         if self.ranks.rank == 0:
-            if self.examples.test is not None:
-                model = load_task_model(folder, device=self.device, backend=self.config.kernels.backend)[0]
-                size = self.config.train.micro_batch_size
-                summary["test"] = evaluate(Alone(model, self.device), self.examples.test, task, size)
             write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
             self.display.print(f"\nbest validation, after step {best['step']}: {told(best, task)}")
             if "test" in summary:
                 self.display.print(f"test of that model: {told(summary['test'], task)}")
             self.display.print(f"run folder {folder}; use it: fastgpt predict {folder} FILE")
         self.ranks.barrier()
+
+    def _read_together(self, config: FinetuneConfig) -> tuple[Pretrained, FineTuned, Examples]:
+        """The same on every rank; rank 0 reads first, and tells all what is wrong."""
+        found = []
+
+        def read() -> bool:
+            found.append(self._read(config))
+            return True
+
+        self.ranks.on_first(read)
+        return found[0] if found else self._read(config)
 
     def _read(self, config: FinetuneConfig) -> tuple[Pretrained, FineTuned, Examples]:
         """The pre-trained model, and the examples as its tokens."""
@@ -266,8 +281,8 @@ class _Run:
             )
         task, train_examples = load_examples(config.task.train, data, bad_rows=config.task.bad_rows)
         if config.task.metrics:
-            check_metrics(config.task.metrics, task)
             task = task._replace(metrics=tuple(config.task.metrics))
+        check_metrics(task.metrics, task, setting="task.metrics")
         special = pretrained.special or SpecialTokens.after(pretrained.model.vocab_size)
 
         def encoded(examples: Any) -> list[Encoded]:
@@ -315,9 +330,10 @@ class _Run:
     def _engine(self) -> Engine:
         config = self.config
         ops = ops_for(config.kernels.backend, self.device)
-        values = transferred_values(
-            self.pretrained.weights, self.model, config.train.seed, blocks=config.task.transfer_blocks
-        )
+        with alike_on_every_rank():
+            values = transferred_values(
+                self.pretrained.weights, self.model, config.train.seed, blocks=config.task.transfer_blocks
+            )
         engine = prepare(
             lambda: TaskModel(self.model, ops, self.tuned.shape),
             self.engine_config,

@@ -54,6 +54,11 @@ _NO_MATTER = (
 )
 
 
+# Settings that name a file or folder: they compare by where they lead, however that is written.
+_PATHS = ("data.path", "train.init", "pretrained", "task.train", "task.validation", "task.test")
+# Sections in which a run of fine-tuning may go on otherwise than it was started.
+_FREE_SECTIONS = ("engine", "kernels")
+
 C = TypeVar("C", Config, FinetuneConfig)
 
 
@@ -197,7 +202,22 @@ def _saved(folder: Path, kind: type[C]) -> C:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{path}: missing, although the folder holds checkpoints; restore it or choose another 'out'")
-    return load_config(path, kind=kind)
+    try:
+        return load_config(path, kind=kind)
+    except UserError:
+        other, command = (FinetuneConfig, "finetune") if kind is Config else (Config, "train")
+        if _is_of(path, other):
+            raise UserError(f"{folder}: holds a run of `fastgpt {command}`; choose another 'out'") from None
+        raise
+
+
+def _is_of(path: Path, kind: type[Config] | type[FinetuneConfig]) -> bool:
+    """Whether a file of settings is of this kind of run."""
+    try:
+        load_config(path, kind=kind)
+    except UserError:
+        return False
+    return True
 
 
 def _changes(saved: C, config: C) -> dict[str, tuple[object, object]]:
@@ -214,14 +234,16 @@ def _changes(saved: C, config: C) -> dict[str, tuple[object, object]]:
 
 def _comparable(key: str, value: object) -> object:
     """Paths compare by where they lead."""
-    return str(Path(str(value)).absolute()) if key == "data.path" else value
+    return str(Path(value).absolute()) if key in _PATHS and isinstance(value, str) else value
 
 
 def _refuse_another_run(
     folder: Path, step: int, changed: dict[str, tuple[object, object]], config: Config | FinetuneConfig
 ) -> None:
-    # a run of fine-tuning is short, and each of its settings decides what it comes to
-    deciding = _FIXED if isinstance(config, Config) else tuple(changed)
+    # a run of fine-tuning is short, and each setting of its task and training decides what it comes to
+    deciding: tuple[str, ...] = _FIXED
+    if isinstance(config, FinetuneConfig):
+        deciding = tuple(key for key in changed if key.partition(".")[0] not in _FREE_SECTIONS)
     fixed = [f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in deciding if key in changed]
     if fixed:
         raise UserError(

@@ -15,7 +15,7 @@ from fastgpt.files import write_atomically
 from fastgpt.task_folder import load_task_model
 from fastgpt.tasks import encode_examples, load_examples
 from fastgpt.tasks.example import Example, Task
-from fastgpt.train.scoring import Alone, Floats, predictions, scores_of
+from fastgpt.train.scoring import Floats, Untrained, predictions, scores_of
 
 
 def predict_command(run: str, data: str, *, out: str | None, batch_size: int, device: str, backend: Backend) -> None:
@@ -31,6 +31,8 @@ def predict_command(run: str, data: str, *, out: str | None, batch_size: int, de
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     if out is not None and Path(out).is_dir():
         raise UserError(f"--out: {out} is a folder; give a file")
+    if out is not None and not Path(out).parent.is_dir():
+        raise UserError(f"--out: {out}: its folder {Path(out).parent} is not there; make it first")
     place = resolve_device(device, setting="--device")
     ops_for(backend, place, setting="--backend")  # before the model, which takes longer
     model, tokenizer, tuned = load_task_model(Path(run), device=place, backend=backend)
@@ -38,7 +40,7 @@ def predict_command(run: str, data: str, *, out: str | None, batch_size: int, de
     encoded = encode_examples(
         examples, tuned.task, tokenizer, tuned.special, model.config.context, too_long=tuned.too_long
     )
-    scores = scores_of(Alone(model, place), encoded, tuned.task, batch_size)
+    scores = scores_of(Untrained(model, place), encoded, tuned.task, batch_size)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines(examples, scores, tuned.task))
     if out is None:
         sys.stdout.write(text)

@@ -30,11 +30,11 @@ class Scored(Protocol):
         """What the model's `forward` gives."""
 
 
-class Alone:
-    """A model on one process, that is not trained."""
+class Untrained:
+    """A model that is not trained, on this process; where others have it too, they share the examples out."""
 
-    def __init__(self, model: TaskModel, device: torch.device) -> None:
-        self.ranks = Ranks()
+    def __init__(self, model: TaskModel, device: torch.device, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self._model = model.eval()
         self._device = device
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastgpt
 from fastgpt.cli import main
 from fastgpt.finetune_config import SPECIAL_TOKENS
+from fastgpt.task_folder import OUTPUT_LAYER
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -226,6 +227,8 @@ MISTAKES = {
     "a data set that is not there": (["task.table=null", "task.data=sst"], "'sst' is not a data set"),
     "a file that is not there": (["task.train=none.jsonl"], "none.jsonl"),
     "a metric that is not there": (['task.metrics=["acuracy"]'], "Did you mean accuracy?"),
+    "a metric named twice": (['task.metrics=["f1", "f1"]'], "task.metrics: f1 is named twice"),
+    "more epochs than anybody waits for": (["train.epochs=100000000"], "train.epochs must be an integer of at least 1"),
     "a metric of other tasks": (['task.metrics=["pearson"]'], "pearson is no metric of this task"),
     "a batch that is not whole": (["train.batch_size=12"], "must be a multiple of train.micro_batch_size (8), not 12"),
     "a batch that the examples do not fill": (["train.batch_size=176"], "the task has 170 to train on"),
@@ -257,6 +260,9 @@ def test_other_mistakes_are_one_line_too(
     long.write_text(json.dumps({"text": "w1 " * 40, "label": 0}) + "\n")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "w1", "label": 0}\n{"text": "w1", "label": 2}\n')
+    other_head = tmp_path / "other"
+    shutil.copytree(run / "best", other_head)
+    save_file({"task_head.weight": torch.zeros(3, 32), "task_head.bias": torch.zeros(3)}, other_head / OUTPUT_LAYER)
     new = f"out={tmp_path / 'x'}"
     tune = ["finetune", pretrained, settings, new]
     cases: list[tuple[list[Any], str]] = [
@@ -270,6 +276,9 @@ def test_other_mistakes_are_one_line_too(
         (["predict", run, bad, "--out", tmp_path], "is a folder; give a file"),
         (["predict", run, bad, "--device", "tpu"], "--device: 'tpu' is not known"),
         (["predict", run, bad, "--backend", "tritn"], "--backend: 'tritn' is not a kernel backend"),
+        (["predict", run, bad, "--out", tmp_path / "none" / "out"], f"its folder {tmp_path / 'none'} is not there"),
+        ([*tune[:3], f"out={pretrained}"], f"{pretrained}: holds a run of `fastgpt train`"),
+        (["predict", other_head, bad], "size mismatch for task_head."),
     ]
     for words, told in cases:
         assert main([str(word) for word in words]) == 2, told

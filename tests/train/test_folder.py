@@ -9,6 +9,7 @@ import pytest
 from fastgpt.config import Config
 from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import UserError
+from fastgpt.finetune_config import FinetuneConfig
 from fastgpt.train.folder import RunLock, keep_resolved, plan, save_config, shared_plan
 
 
@@ -186,3 +187,52 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     third = RunLock(tmp_path / "run")
     third.acquire()
     third.close()
+
+
+def tuning(folder: Path, **changes: Any) -> FinetuneConfig:
+    tree: dict[str, Any] = {
+        "out": str(folder / "run"),
+        "pretrained": "gpt",
+        "task": {"data": "sst2", "train": "train.tsv"},
+        "train": {"epochs": 2},
+        "engine": {},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        (tree[section] if name else tree)[name or section] = value
+    return FinetuneConfig.model_validate(tree)
+
+
+def test_fine_tuning_finds_its_run_again_however_its_paths_are_written(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", tuning(tmp_path, task__test="test.tsv"), 5)
+    again = tuning(
+        tmp_path, pretrained="./gpt/", task__train=str(Path("train.tsv").absolute()), task__test="./test.tsv"
+    )
+    assert plan(again, steps=10).changes == ()
+    for other in ({"pretrained": "gpt2"}, {"task__train": "dev.tsv"}, {"task__validation": "None"}):
+        with pytest.raises(
+            UserError, match=f"{next(iter(other)).replace('__', '.')} was .*, is {next(iter(other.values()))}"
+        ):
+            plan(tuning(tmp_path, **{"task__test": "test.tsv", **other}), steps=10)
+
+
+def test_fine_tuning_goes_on_with_another_engine_but_not_with_another_task_or_training(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", tuning(tmp_path), 5)
+    found = plan(tuning(tmp_path, engine__zero_stage=3, engine__kind="deepspeed"), steps=10)
+    assert found.resume and set(found.changes) == {
+        "engine.zero_stage was 1, is 3",
+        "engine.kind was auto, is deepspeed",
+    }
+    for key, value in (("train__lr", 1.0), ("train__batch_size", 64), ("task__lm_weight", 0.0)):
+        with pytest.raises(UserError, match=f"cannot go on with these settings .*{key.replace('__', '.')} was"):
+            plan(tuning(tmp_path, **{key: value}), steps=10)
+
+
+def test_a_folder_with_a_run_of_another_command_is_refused_in_one_line(tmp_path: Path) -> None:
+    leave_run(tmp_path / "run", config(tmp_path), 5)
+    with pytest.raises(UserError) as told:
+        plan(tuning(tmp_path), steps=10)
+    assert str(told.value) == f"{tmp_path / 'run'}: holds a run of `fastgpt train`; choose another 'out'"
+    save_config(tmp_path / "run", tuning(tmp_path))
+    with pytest.raises(UserError, match="holds a run of `fastgpt finetune`; choose another 'out'"):
+        plan(config(tmp_path))
