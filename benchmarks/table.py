@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
-from benchmarks import curves_table, data_table, results, scale_table, start_table, step_table
+from benchmarks import curves_table, data_table, profile_table, results, scale_table, start_table, step_table
 
 Measurement: TypeAlias = dict[str, Any]
 
@@ -19,6 +19,7 @@ KINDS = {
     "data": data_table,
     "start": start_table,
     "curves": curves_table,
+    "profile": profile_table,
 }
 
 # ours first: the one whose rate and share a row shows is the first that was measured

@@ -9,7 +9,7 @@ from typing import NoReturn
 from fastgpt.errors import UserError, did_you_mean
 
 COMMANDS = ("train", "finetune", "predict", "prepare", "generate", "plan", "bench")
-BENCHMARKS = ("step", "scale", "data", "start", "curves")
+BENCHMARKS = ("step", "profile", "scale", "data", "start", "curves")
 
 EPILOG = """\
 examples:
@@ -141,7 +141,11 @@ def parser() -> argparse.ArgumentParser:
     curves.add_argument(
         "--each", type=float, metavar="SECONDS", help="train ours and plain PyTorch for so long at most"
     )
-    for benchmark in (step, scale, data, start, curves):
+    profile = benchmarks.add_parser("profile", help="where the time of an update goes")
+    profile.add_argument("config", help="a YAML file of settings")
+    profile.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    profile.add_argument("--rounds", type=int, default=5, help="updates that are looked at (default: %(default)s)")
+    for benchmark in (step, profile, scale, data, start, curves):
         _add_keeping(benchmark)
     return top
 

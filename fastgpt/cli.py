@@ -198,7 +198,7 @@ def _bench(options: argparse.Namespace) -> int:
             "clone it, and install it with 'pip install -e .'"
         )
     sys.path.insert(0, str(root))
-    if options.benchmark == "curves":  # it trains in this process
+    if options.benchmark in ("curves", "profile"):  # which train in this process
         before_pytorch()
     benchmark = importlib.import_module(f"benchmarks.{options.benchmark}")
     given = {name: value for name, value in vars(options).items() if name not in ("command", "benchmark", "local_rank")}

@@ -29,6 +29,7 @@ _FIXED = (
     "model.context",
     "model.vocab_size",
     "model.norm",
+    "model.embedding",
     "model.attention",
     "model.window",
     "train.seed",

@@ -130,6 +130,7 @@ def test_settings_that_change_no_number_do_not_start_another_run(change: dict[st
     [
         ({"model__n_embd": 32}, "model.n_embd was 16, is 32"),
         ({"model__norm": "post"}, "model.norm was pre, is post"),
+        ({"model__embedding": "table"}, "model.embedding was separate, is table"),
         ({"model__attention": "alternating", "model__window": 3}, "model.window was None, is 3"),
         ({"train__seed": 3}, "train.seed was 1337, is 3"),
         ({"train__batch_ramp_tokens": 50, "train__batch_ramp_start": 16}, "train.batch_ramp_tokens was None, is 50"),
