@@ -221,6 +221,28 @@ def test_two_ranks_fine_tune_as_one_process_does(
     assert json.loads((folder / "summary.json").read_text())["test"]["accuracy"] > 0.95
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_of_one_process_goes_on_at_every_stage_with_levels_trained_unlike(
+    stage: int, pretrained: Path, settings: Path, tmp_path: Path, command: Command
+) -> None:
+    words = ["train.unfreeze=gradual", "train.layer_lr_decay=2.6", "train.keep=5"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert main(["finetune", str(pretrained), str(settings), f"out={whole}", *words]) == 0
+    shutil.copytree(whole, moved)
+    shutil.rmtree(moved / "checkpoints" / f"step-{UPDATES:08d}")
+    (moved / "checkpoints" / "latest").write_text(f"step-{2 * EPOCH:08d}")
+    (moved / "summary.json").unlink()
+    outcome = command(
+        *("torchrun", "--nproc-per-node", "2", "-m", "fastgpt", "finetune", pretrained, settings, f"out={moved}"),
+        *(*words, f"engine.zero_stage={stage}", "--resume"),
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    for ours, theirs in zip(records(whole), records(moved), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5), ours["step"]
+
+
 MISTAKES = {
     "a setting that is not there": (["train.epoch=3"], "train.epoch is not a setting. Did you mean train.epochs?"),
     "no data": (["task.table=null"], "task.data must name a data set, or else task.table"),
