@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from fastgpt.errors import UserError, did_you_mean
 
-COMMANDS = ("train", "finetune", "predict", "prepare", "generate", "plan", "bench")
+COMMANDS = ("train", "finetune", "predict", "features", "prepare", "generate", "plan", "bench")
 BENCHMARKS = ("step", "profile", "scale", "data", "start", "curves")
 
 EPILOG = """\
@@ -56,6 +56,18 @@ def parser() -> argparse.ArgumentParser:
     finetune.add_argument("config", help="a YAML file of settings")
     finetune.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     finetune.add_argument("--resume", action="store_true", help="refuse to start anew where there is no checkpoint")
+
+    features = commands.add_parser("features", help="what a model makes of a task's examples, as NumPy arrays")
+    features.add_argument("pretrained", metavar="model", help="a run, a checkpoint, or a Hugging Face folder")
+    features.add_argument("config", help="a YAML file of settings, as for finetune")
+    features.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    features.add_argument("--out", required=True, metavar="FILE", help="NAME.npy; NAME.labels.npy is written beside it")
+    features.add_argument("--split", default="train", help="train, validation or test (default: %(default)s)")
+    features.add_argument("--layer", type=int, help="after so many blocks, 0 the embedding (default: after the last)")
+    features.add_argument("--pooling", default="extract", help="extract, mean or concat (default: %(default)s)")
+    features.add_argument("--batch-size", type=int, default=32, help="examples of one pass (default: %(default)s)")
+    features.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    features.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
 
     predict = commands.add_parser("predict", help="let a fine-tuned model do its task on new examples")
     predict.add_argument("run", help="a run of `fastgpt finetune`, or a checkpoint of it")

@@ -60,6 +60,7 @@ def _run(words: list[str]) -> int:
         "train": _train,
         "finetune": _finetune,
         "predict": _predict,
+        "features": _features,
         "prepare": _prepare,
         "generate": _generate,
         "plan": _plan,
@@ -114,6 +115,26 @@ def _finetune(options: argparse.Namespace) -> int:
     from fastgpt.train.finetune import run
 
     return _carry_out(lambda: run(config, must_resume=options.resume, places=places))
+
+
+def _features(options: argparse.Namespace) -> int:
+    from fastgpt.finetune_config import FinetuneConfig
+    from fastgpt.settings import load_config
+    from fastgpt.train.features import features_command
+
+    words = [f"pretrained={options.pretrained}", *options.overrides]
+    features, labels = features_command(
+        load_config(options.config, words, kind=FinetuneConfig),
+        out=options.out,
+        split=options.split,
+        layer=options.layer,
+        pooling=options.pooling,
+        batch_size=options.batch_size,
+        device=options.device,
+        backend=options.backend,
+    )
+    print(f"features: {features}" + (f"; labels: {labels}" if labels else ""))
+    return 0
 
 
 def _predict(options: argparse.Namespace) -> int:

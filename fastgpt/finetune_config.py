@@ -83,8 +83,9 @@ class FinetuneTrainConfig(Section):
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     layer_lr_decay: Annotated[float, Field(ge=1)] = 1.0
     """Each block learns at the rate of what is above it divided by this; ULMFiT has 2.6."""
-    unfreeze: Literal["all", "gradual"] = "all"
-    """`gradual` trains the output layer alone in the first epoch, and one block more in each that follows (ULMFiT)."""
+    unfreeze: Literal["all", "gradual", "output"] = "all"
+    """`gradual` trains the output layer alone in the first epoch, and one block more in each that follows (ULMFiT);
+    `output` trains that layer alone, on the features of a model that stays as it is."""
     dropout: Probability = 0.1
     """Of embedding, attention and residual branches."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
@@ -157,7 +158,7 @@ def engine_config(config: FinetuneConfig, model: ModelConfig, updates_per_epoch:
             seed=train.seed,
             activation_checkpointing=train.activation_checkpointing,
             warmup_share=train.warmup_share if shares else None,
-            unfreeze_every=updates_per_epoch if train.unfreeze == "gradual" else None,
+            unfreeze_every={"all": None, "gradual": updates_per_epoch, "output": steps}[train.unfreeze],
             warmup_steps=0 if shares else round(train.warmup_share * steps),
             **{name: getattr(train, name) for name in same},
         ),

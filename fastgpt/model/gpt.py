@@ -102,8 +102,13 @@ class GPT(nn.Module):
         checkpoint_activations: bool = False,
         cache: KeyValueCache | None = None,
         frozen_levels: int = 0,
+        blocks: int | None = None,
     ) -> Tensor:
-        """The final hidden states (B, T, N), which the output matrix turns into logits; arguments as for `forward`."""
+        """The final hidden states (B, T, N), which the output matrix turns into logits; arguments as for `forward`.
+
+        With `blocks`, those after so many blocks: 0 is the embedding; before the last one of GPT-2's form they are the
+        residual stream, which is not normalised.
+        """
         length = tokens.shape[1]
         start = cache.length if cache else 0
         self._check_length(start, length, cache)
@@ -115,6 +120,8 @@ class GPT(nn.Module):
         branch = None
         stream = self._embedded(tokens, start, p, layers[0].seed_at(Site.EMBEDDING))
         for level, (block, masks, kept) in enumerate(zip(self.blocks, layers, caches, strict=True), start=1):
+            if blocks is not None and level > blocks:
+                return stream if branch is None else stream + branch
             if frozen_levels == level:
                 stream, branch = frozen(stream), None if branch is None else frozen(branch)
             if checkpoint_activations:

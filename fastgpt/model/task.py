@@ -23,7 +23,7 @@ from fastgpt.model.heads import IGNORED, language_model_loss
 from fastgpt.model.layers import Linear
 from fastgpt.model.seeds import fold
 
-Pooling = Literal["extract", "concat"]
+Pooling = Literal["extract", "concat", "mean"]
 
 HEAD_DROPOUT = 4  # what a micro-batch's seed is folded with for the output layer's mask
 
@@ -150,15 +150,17 @@ def task_loss(
 def pool(x: Tensor, extract: Tensor, pooling: Pooling) -> Tensor:
     """Hidden states (R, T, N) of sequences that end at `extract` (R,) -> (R, N), or (R, 3 N) for "concat".
 
-    "extract" is the activation at the end; "concat" is that, the maximum and the mean over the sequence.
+    "extract" is the activation at the end; "mean" that of the whole sequence; "concat" the end, maximum and mean.
     """
     last = x[torch.arange(len(x), device=x.device), extract]
     if pooling == "extract":
         return last
     real = (torch.arange(x.shape[1], device=x.device) <= extract[:, None]).unsqueeze(-1)  # (R, T, 1)
+    mean = ((_accurate(x) * real).sum(1) / (extract[:, None] + 1)).to(x.dtype)
+    if pooling == "mean":
+        return mean
     largest = x.masked_fill(~real, -torch.inf).amax(1)
-    mean = (_accurate(x) * real).sum(1) / (extract[:, None] + 1)
-    return torch.cat([last, largest, mean.to(x.dtype)], dim=-1)
+    return torch.cat([last, largest, mean], dim=-1)
 
 
 def shared_mask(x: Tensor, p: float, seed: int) -> Tensor:

@@ -1,39 +1,32 @@
 """`fastgpt finetune`: a pre-trained model and a task to a model that does the task."""
 
-import hashlib
 import json
 import logging
 import math
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from fastgpt.checkpoint.store import Checkpoint, CheckpointStore
-from fastgpt.config import Config, ModelConfig, TableConfig
+from fastgpt.config import Config
 from fastgpt.data.prefetch import prefetch
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import Engine
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
-from fastgpt.errors import SharedError, UserError, alike_on_every_rank, did_you_mean
+from fastgpt.errors import SharedError, alike_on_every_rank
 from fastgpt.files import write_atomically
-from fastgpt.finetune_config import SPECIAL_TOKENS, FinetuneConfig, engine_config
+from fastgpt.finetune_config import FinetuneConfig, engine_config
 from fastgpt.launch import kind_of
 from fastgpt.launchers import find_launch
-from fastgpt.load import load_model
 from fastgpt.model.seeds import fold
-from fastgpt.model.task import TaskModel, TaskShape
+from fastgpt.model.task import TaskModel
 from fastgpt.model.transfer import transferred_values
 from fastgpt.sizes import flops_per_token, parameter_count
-from fastgpt.task_folder import FineTuned, fine_tuned, load_task_model, save_task_model
-from fastgpt.tasks import DATA_SETS, Encoded, Kind, SpecialTokens, Task, encode_examples, load_examples
-from fastgpt.tasks.metrics import check_metrics
+from fastgpt.task_folder import FineTuned, load_task_model, save_task_model
 from fastgpt.tasks.source import ExampleSource
-from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.best import best_result, replace_best
 from fastgpt.train.display import Reporter, display_for
 from fastgpt.train.folder import Plan, RunLock, keep_resolved, newest_checkpoint, save_config, shared_plan
@@ -45,41 +38,13 @@ from fastgpt.train.saver import Saver
 from fastgpt.train.scoring import Untrained, evaluate, told
 from fastgpt.train.start import set_up
 from fastgpt.train.task_evaluation import TaskEvaluation, best_so_far
+from fastgpt.train.task_inputs import Examples, Pretrained, read_task
 from fastgpt.train.watchers import Guard, Watcher
 from fastgpt.wording import Places
 
 log = logging.getLogger(__name__)
 
-# what the run's seed is folded with
-ORDER, SPLIT = 3, 5
-
-
-class Pretrained(NamedTuple):
-    """What is started from."""
-
-    model: ModelConfig  # as it was trained
-    weights: dict[str, Tensor]
-    tokenizer: Tokenizer
-    special: SpecialTokens | None  # where it was fine-tuned before
-
-
-class Examples(NamedTuple):
-    """The task and its examples as tokens."""
-
-    task: Task
-    train: list[Encoded]
-    validation: list[Encoded]
-    test: list[Encoded] | None
-
-    def fingerprint(self) -> str:
-        """A digest of what is trained and validated on."""
-        digest = hashlib.sha256(repr(self.task).encode())
-        for split in (self.train, self.validation):
-            for item in split:
-                digest.update(np.array([len(s) for s in item.sequences], np.int64).tobytes())
-                digest.update(np.concatenate([np.array(s, np.int64) for s in item.sequences]).tobytes())
-                digest.update(repr(item.target).encode())
-        return digest.hexdigest()
+ORDER = 3  # what the run's seed is folded with for the order of the examples
 
 
 def run(config: FinetuneConfig, *, must_resume: bool = False, places: Places | None = None) -> Path:
@@ -148,12 +113,7 @@ class _Run:
         if self.plan.saved:
             config = keep_resolved(config, self.plan.saved)
         self.config = set_up(config, device, ranks, threads=asked)
-        self.model = self.pretrained.model.model_copy(
-            update={
-                "dropout": config.train.dropout,
-                "vocab_size": self.pretrained.model.vocab_size + (0 if self.pretrained.special else SPECIAL_TOKENS),
-            }
-        )
+        self.model = self.pretrained.with_special_tokens(dropout=config.train.dropout)
         self.engine_config: Config = engine_config(self.config, self.model, self.updates_per_epoch)
         check_deepspeed_keys(self.engine_config, kind, device, ranks.local_rank, places)
 
@@ -265,56 +225,11 @@ class _Run:
         found = []
 
         def read() -> bool:
-            found.append(self._read(config))
+            found.append(read_task(config))
             return True
 
         self.ranks.on_first(read)
-        return found[0] if found else self._read(config)
-
-    def _read(self, config: FinetuneConfig) -> tuple[Pretrained, FineTuned, Examples]:
-        """The pre-trained model, and the examples as its tokens."""
-        pretrained = read_pretrained(config.pretrained)
-        data: str | TableConfig = config.task.table or config.task.data or ""
-        if isinstance(data, str) and data not in DATA_SETS:
-            raise UserError(
-                f"task.data: {data!r} is not a data set; known: {', '.join(DATA_SETS)}.{did_you_mean(data, DATA_SETS)}"
-            )
-        task, train_examples = load_examples(config.task.train, data, bad_rows=config.task.bad_rows)
-        if config.task.metrics:
-            task = task._replace(metrics=tuple(config.task.metrics))
-        check_metrics(task.metrics, task, setting="task.metrics")
-        special = pretrained.special or SpecialTokens.after(pretrained.model.vocab_size)
-
-        def encoded(examples: Any) -> list[Encoded]:
-            return encode_examples(
-                examples,
-                task,
-                pretrained.tokenizer,
-                special,
-                pretrained.model.context,
-                too_long=config.task.too_long,
-            )
-
-        def others(path: str | None) -> list[Encoded] | None:
-            if path is None:
-                return None
-            return encoded(load_examples(path, data, bad_rows=config.task.bad_rows)[1])
-
-        validation = others(config.task.validation)
-        test = others(config.task.test)
-        chosen = encoded(train_examples)
-        shuffled = np.random.default_rng(fold(config.train.seed, SPLIT)).permutation(len(chosen))
-        if validation is None:
-            kept = max(1, round(config.task.validation_fraction * len(chosen)))
-            validation, shuffled = [chosen[i] for i in sorted(shuffled[:kept])], shuffled[kept:]
-        if config.task.examples is not None:
-            if config.task.examples > len(shuffled):
-                raise UserError(
-                    f"task.examples: {config.task.examples} are asked for, and there are {len(shuffled)} to train on"
-                )
-            shuffled = shuffled[: config.task.examples]
-        tuned = FineTuned(task, shape_of(task, config), special, data, config.task.too_long)
-        return pretrained, tuned, Examples(task, [chosen[i] for i in sorted(shuffled)], validation, test)
+        return found[0] if found else read_task(config)
 
     def _source(self, config: FinetuneConfig) -> ExampleSource:
         return ExampleSource(
@@ -356,25 +271,3 @@ class _Run:
             config.kernels.backend,
         )
         return engine
-
-
-def shape_of(task: Task, config: FinetuneConfig) -> TaskShape:
-    """The output layer of a task."""
-    return TaskShape(
-        outputs=task.outputs,
-        choice=task.kind is Kind.CHOICE,
-        regression=task.score is not None,
-        pooling=config.task.pooling,
-        lm_weight=config.task.lm_weight,
-        dropout=config.task.dropout,
-    )
-
-
-def read_pretrained(folder: str) -> Pretrained:
-    """A model to start from. Raises UserError where it cannot be read, or has no tokenizer."""
-    model, tokenizer = load_model(folder)
-    if tokenizer is None:
-        raise UserError(f"{folder}: it has no tokenizer, without which no text becomes tokens")
-    tuned = fine_tuned(Path(folder))
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return Pretrained(model.config, weights, tokenizer, tuned.special if tuned else None)

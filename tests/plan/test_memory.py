@@ -109,8 +109,9 @@ def test_what_is_offloaded_takes_the_hosts_memory_or_little_of_it() -> None:
     assert (of(1, "cpu"), of(2, "cpu"), of(3, "cpu")) == (18, 18, 20)
     assert (of(3, "none", "cpu"), of(3, "cpu", "cpu")) == (2, 22)
     assert 4 < of(3, "nvme") < 6
-    # DeepSpeed keeps the first 10^9 weights in memory
-    assert 2e9 / parameters < of(3, "none", "nvme") < 2e9 / parameters + 1
+    # DeepSpeed keeps the first 10^9 weights in memory; twelve buffers of the largest weight are read through
+    buffers = 12 * 50257 * 1600 * 2
+    assert of(3, "none", "nvme") == pytest.approx((2e9 + buffers) / parameters, rel=1e-3)
 
 
 def test_the_columns_of_logits_are_the_kernels() -> None:

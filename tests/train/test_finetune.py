@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,19 @@ def test_gradual_unfreezing_trains_the_output_layer_first_and_lower_levels_more_
     assert heads[0].shape == (2, 3 * 32) and not torch.equal(heads[0], heads[1])
 
 
+def test_an_output_layer_alone_learns_from_a_model_that_stays_as_it_is(
+    run: Path, settings: Path, tmp_path: Path
+) -> None:
+    words = ["train.unfreeze=output", "task.lm_weight=0", f"out={tmp_path / 'run'}"]
+    assert main(["finetune", str(run), str(settings), *words]) == 0
+    before, after = (load_file(folder / "best" / "model.safetensors") for folder in (run, tmp_path / "run"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    # the features are those of a model that has learnt the task
+    validations = [r for r in records(tmp_path / "run") if r["split"] == "validation"]
+    assert validations[-1]["accuracy"] > 0.95
+    assert validations[-1]["loss"] < 0.1 * validations[0]["loss"]
+
+
 @pytest.mark.distributed
 def test_two_ranks_fine_tune_as_one_process_does(
     run: Path, pretrained: Path, settings: Path, tmp_path: Path, command: Command
@@ -257,10 +271,6 @@ MISTAKES = {
     "more examples than there are": (["task.examples=1000"], "1000 are asked for, and there are 170"),
     "more blocks than there are": (["task.transfer_blocks=3"], "has 2 blocks; 3 of them cannot be transferred"),
     "compiled blocks": (["engine.compile=true"], "engine.compile is for training on text"),
-    "a key of DeepSpeed's": (
-        ["engine.kind=deepspeed", "engine.deepspeed.gradient_cliping=1"],
-        "engine.deepspeed.gradient_cliping",
-    ),
     "a floor above the peak": (["train.min_lr=1"], "train.min_lr must be at most train.lr"),
 }
 
@@ -272,6 +282,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert main(["finetune", str(pretrained), str(settings), f"out={tmp_path / 'run'}", *words]) == 2
     (line,) = [text for text in capsys.readouterr().err.splitlines() if "fastgpt: error" in text]
     assert told in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_slip_in_deepspeeds_keys_is_one_line(
+    pretrained: Path, settings: Path, tmp_path: Path, command: Command
+) -> None:
+    words = ["engine.kind=deepspeed", "engine.deepspeed.gradient_cliping=1", f"out={tmp_path / 'run'}"]
+    outcome = command(sys.executable, "-m", "fastgpt", "finetune", pretrained, settings, *words)
+    assert outcome.returncode == 2
+    (line,) = [text for text in outcome.stderr.splitlines() if "fastgpt: error" in text]
+    assert "engine.deepspeed.gradient_cliping" in line
     assert not (tmp_path / "run").exists()
 
 
