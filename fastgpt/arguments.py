@@ -46,15 +46,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="command", parser_class=_Parser)
 
     train = commands.add_parser("train", help="train a model, or go on training it")
-    train.add_argument("config", help="a YAML file of settings")
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    _add_settings(train)
     train.add_argument("--resume", action="store_true", help="refuse to start anew where there is no checkpoint")
     train.add_argument("--init", metavar="MODEL", help="a run or a model folder to start from: train.init=MODEL")
 
     finetune = commands.add_parser("finetune", help="train a pre-trained model to do a task")
     finetune.add_argument("pretrained", metavar="model", help="a run, a checkpoint, or a Hugging Face folder")
-    finetune.add_argument("config", help="a YAML file of settings")
-    finetune.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    _add_settings(finetune)
     finetune.add_argument("--resume", action="store_true", help="refuse to start anew where there is no checkpoint")
 
     features = commands.add_parser("features", help="what a model makes of a task's examples, as NumPy arrays")
@@ -66,8 +64,7 @@ def parser() -> argparse.ArgumentParser:
     features.add_argument("--layer", type=int, help="after so many blocks, 0 the embedding (default: after the last)")
     features.add_argument("--pooling", default="extract", help="extract, mean or concat (default: %(default)s)")
     features.add_argument("--batch-size", type=int, default=32, help="examples of one pass (default: %(default)s)")
-    features.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    features.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
+    _add_placing(features)
 
     predict = commands.add_parser("predict", help="let a fine-tuned model do its task on new examples")
     predict.add_argument("run", help="a run of `fastgpt finetune`, or a checkpoint of it")
@@ -76,8 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--out", metavar="FILE", help="write JSON lines there (default: standard output)")
     predict.add_argument("--batch-size", type=int, default=32, help="examples of one pass (default: %(default)s)")
-    predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    predict.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
+    _add_placing(predict)
 
     prepare = commands.add_parser("prepare", help="turn text into token shards")
     prepare.add_argument("source", help=".txt, .jsonl or .jsonl.gz files, a folder of them, or 'stdlib'")
@@ -106,12 +102,10 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="the same seed writes the same text (default: %(default)s)"
     )
     generate.add_argument("--samples", type=int, default=1, help="how many texts (default: %(default)s)")
-    generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    generate.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
+    _add_placing(generate)
 
     plan = commands.add_parser("plan", help="what a run needs, how fast it goes and what it costs, without a GPU")
-    plan.add_argument("config", help="a YAML file of settings")
-    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    _add_settings(plan)
     plan.add_argument("--gpus", type=int, default=8, help="how many (default: %(default)s)")
     plan.add_argument("--gpu", default="h100", help="which: h100, h200, a100-80, rtx4090 ... (default: %(default)s)")
     plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
@@ -126,16 +120,14 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure, beside what else there is")
     benchmarks = bench.add_subparsers(dest="benchmark", metavar="benchmark", required=True, parser_class=_Parser)
     step = benchmarks.add_parser("step", help="whole training updates on random tokens")
-    step.add_argument("config", help="a YAML file of settings")
-    step.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    _add_settings(step)
     step.add_argument("--contenders", metavar="a,b,c", help="who is measured (default: all that the device can run)")
     step.add_argument("--peer-path", metavar="DIR", help="a folder with nanoGPT's model.py, to measure it too")
     step.add_argument("--rounds", type=int, default=10, help="turns of each (default: %(default)s)")
     step.add_argument("--label", default="", help="keeps it beside other measurements of the same file in the results")
     step.add_argument("--one-at-a-time", action="store_true", help="for a GPU that cannot hold all models at once")
     scale = benchmarks.add_parser("scale", help="ZeRO's stages on several ranks, beside one process and the plan")
-    scale.add_argument("config", help="a YAML file of settings")
-    scale.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    _add_settings(scale)
     scale.add_argument("--ranks", metavar="1,2,4", help="numbers of ranks (default: 1,2,4; on GPUs what there are)")
     scale.add_argument("--engines", metavar="a,b,c", help="of single, single-no-graph, zero0 to zero3 (default: all)")
     scale.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
@@ -154,12 +146,23 @@ def parser() -> argparse.ArgumentParser:
         "--each", type=float, metavar="SECONDS", help="train ours and plain PyTorch for so long at most"
     )
     profile = benchmarks.add_parser("profile", help="where the time of an update goes")
-    profile.add_argument("config", help="a YAML file of settings")
-    profile.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    _add_settings(profile)
     profile.add_argument("--rounds", type=int, default=5, help="updates that are looked at (default: %(default)s)")
     for benchmark in (step, profile, scale, data, start, curves):
         _add_keeping(benchmark)
     return top
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    """A file of settings, and words that replace some of them."""
+    command.add_argument("config", help="a YAML file of settings")
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+
+
+def _add_placing(command: argparse.ArgumentParser) -> None:
+    """Where a trained model runs."""
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    command.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
 
 
 def _add_keeping(benchmark: argparse.ArgumentParser) -> None:

@@ -70,13 +70,14 @@ def _run(words: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from fastgpt.config import Config
     from fastgpt.launch import engine_kind
     from fastgpt.launchers import find_launch
-    from fastgpt.settings import load_config_with_places
+    from fastgpt.settings import read_settings
 
     try:
         words = [] if options.init is None else [f"train.init={options.init}"]
-        config, places = load_config_with_places(options.config, [*options.overrides, *words])
+        config, places = read_settings(Config, options.config, [*options.overrides, *words])
         engine_kind(config, find_launch())
     except UserError as problem:
         raise SharedError(str(problem)) from None
@@ -104,11 +105,11 @@ def _carry_out(run: Callable[[], Path]) -> int:
 
 def _finetune(options: argparse.Namespace) -> int:
     from fastgpt.finetune_config import FinetuneConfig
-    from fastgpt.settings import load_config_with_places
+    from fastgpt.settings import read_settings
 
     try:
         words = [f"pretrained={options.pretrained}", *options.overrides]
-        config, places = load_config_with_places(options.config, words, kind=FinetuneConfig)
+        config, places = read_settings(FinetuneConfig, options.config, words)
     except UserError as problem:
         raise SharedError(str(problem)) from None
 
@@ -119,12 +120,12 @@ def _finetune(options: argparse.Namespace) -> int:
 
 def _features(options: argparse.Namespace) -> int:
     from fastgpt.finetune_config import FinetuneConfig
-    from fastgpt.settings import load_config
+    from fastgpt.settings import read_settings
     from fastgpt.train.features import features_command
 
     words = [f"pretrained={options.pretrained}", *options.overrides]
     features, labels = features_command(
-        load_config(options.config, words, kind=FinetuneConfig),
+        read_settings(FinetuneConfig, options.config, words)[0],
         out=options.out,
         split=options.split,
         layer=options.layer,

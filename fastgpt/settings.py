@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -31,41 +31,23 @@ _Loader.add_implicit_resolver(
 _OPEN = ("engine.deepspeed",)
 
 
-@overload
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config: ...
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The settings of a training run, from a YAML file and words `key.sub=value`: see `read_settings`."""
+    return read_settings(Config, path, overrides)[0]
 
 
-@overload
-def load_config(path: str | Path, overrides: Iterable[str] = (), *, kind: type[C]) -> C: ...
-
-
-def load_config(path: str | Path, overrides: Iterable[str] = (), *, kind: Any = Config) -> Any:
-    """The settings of a run.
+def read_settings(kind: type[C], path: str | Path, overrides: Iterable[str] = ()) -> tuple[C, Places]:
+    """The settings of a kind of run, and where each was written, for what can be checked only later.
 
     Args:
+        kind: `Config`, or another root of settings.
         path: a YAML file.
         overrides: words `key.sub=value`; a value that is not text is read as YAML.
-        kind: the settings of which kind of run.
 
     Raises:
         UserError: one line for every mistake, with file and line (or "command line"), what is allowed, and the
             nearest right spelling.
     """
-    return load_config_with_places(path, overrides, kind=kind)[0]
-
-
-@overload
-def load_config_with_places(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Config, Places]: ...
-
-
-@overload
-def load_config_with_places(path: str | Path, overrides: Iterable[str] = (), *, kind: type[C]) -> tuple[C, Places]: ...
-
-
-def load_config_with_places(
-    path: str | Path, overrides: Iterable[str] = (), *, kind: Any = Config
-) -> tuple[Any, Places]:
-    """The same, and where each setting was written: for what can be checked only later."""
     schema = Schema(kind)
     tree, lines = _read_file(Path(path))
     for word in overrides:

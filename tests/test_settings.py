@@ -10,7 +10,7 @@ from fastgpt.finetune_config import FinetuneConfig
 from fastgpt.model import parameter_count
 from fastgpt.ramp import batch_tokens
 from fastgpt.schema import describe
-from fastgpt.settings import dump_config, known_settings, load_config, load_config_with_places
+from fastgpt.settings import dump_config, known_settings, load_config, read_settings
 from fastgpt.tasks import DATA_SETS
 from fastgpt.wording import Places
 
@@ -110,7 +110,7 @@ def test_deepspeeds_own_keys_are_read_and_written_back(good: Path, tmp_path: Pat
 
 
 def test_places_tell_where_a_setting_was_written(good: Path) -> None:
-    places = load_config_with_places(good, ["engine.deepspeed.aio.block_size=3"])[1]
+    places = read_settings(Config, good, ["engine.deepspeed.aio.block_size=3"])[1]
     assert places.of(("train", "steps")) == f"{good}:11"
     assert places.of(("train", "nothing")) == f"{good}:10"  # the section's
     assert places.of(("engine", "deepspeed", "aio")) == "command line"  # what it has
@@ -347,16 +347,16 @@ def test_a_setting_of_several_types_names_them_all(setting: str, words: str) -> 
 
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
 def test_every_shipped_task_is_read(path: Path) -> None:
-    config = load_config(path, kind=FinetuneConfig)
+    config = read_settings(FinetuneConfig, path)[0]
     assert config.task.data in {None, *DATA_SETS}
-    assert load_config(path, ["train.lr=1e-3"], kind=FinetuneConfig).train.lr == 1e-3
+    assert read_settings(FinetuneConfig, path, ["train.lr=1e-3"])[0].train.lr == 1e-3
     with pytest.raises(UserError, match=r"train\.epoch is not a setting. Did you mean train\.epochs\?"):
-        load_config(path, ["train.epoch=2"], kind=FinetuneConfig)
+        read_settings(FinetuneConfig, path, ["train.epoch=2"])
 
 
 def test_the_defaults_of_fine_tuning_are_those_of_gpt1(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text("out: x\npretrained: y\ntask: {data: sst2, train: z}\n")
-    config = load_config(tmp_path / "task.yaml", kind=FinetuneConfig)
+    config = read_settings(FinetuneConfig, tmp_path / "task.yaml")[0]
     train, task = config.train, config.task
     assert (train.epochs, train.batch_size, train.lr, train.warmup_share) == (3, 32, 6.25e-5, 0.002)
     assert (train.schedule, train.optimizer, train.weight_decay, train.clip) == ("linear", "gpt1", 0.01, 1.0)

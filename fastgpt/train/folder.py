@@ -15,7 +15,7 @@ from fastgpt.engine.ranks import Ranks
 from fastgpt.errors import UserError
 from fastgpt.files import write_atomically
 from fastgpt.finetune_config import FinetuneConfig
-from fastgpt.settings import dump_config, load_config
+from fastgpt.settings import dump_config, read_settings
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def _saved(folder: Path, kind: type[C]) -> C:
     if not path.exists():
         raise UserError(f"{path}: missing, although the folder holds checkpoints; restore it or choose another 'out'")
     try:
-        return load_config(path, kind=kind)
+        return read_settings(kind, path)[0]
     except UserError:
         other, command = (FinetuneConfig, "finetune") if kind is Config else (Config, "train")
         if _is_of(path, other):
@@ -215,7 +215,7 @@ def _saved(folder: Path, kind: type[C]) -> C:
 def _is_of(path: Path, kind: type[Config] | type[FinetuneConfig]) -> bool:
     """Whether a file of settings is of this kind of run."""
     try:
-        load_config(path, kind=kind)
+        read_settings(kind, path)
     except UserError:
         return False
     return True

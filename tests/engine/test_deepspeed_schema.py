@@ -10,7 +10,7 @@ from fastgpt.config import Config
 from fastgpt.engine.deepspeed_schema import Asked, check_further_keys
 from fastgpt.engine.deepspeed_settings import our_settings
 from fastgpt.errors import UserError
-from fastgpt.settings import load_config_with_places
+from fastgpt.settings import read_settings
 from fastgpt.wording import Places
 
 SMALL = """\
@@ -26,7 +26,7 @@ engine:
 def load(folder: Path, *lines: str) -> tuple[Config, Places]:
     path = folder / "mine.yaml"
     path.write_text(SMALL + "".join(f"    {line}\n" for line in lines))
-    return load_config_with_places(path)
+    return read_settings(Config, path)
 
 
 def check(config: Config, places: Places) -> None:
