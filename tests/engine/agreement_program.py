@@ -25,7 +25,7 @@ from benchmarks.step_contenders import adamw
 from benchmarks.step_models import PlainGPT
 from fastgpt.config import Config
 from fastgpt.data.source import Batch, RandomSource
-from fastgpt.engine.base import global_loss
+from fastgpt.engine.base import told
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.engine.schedule import learning_rate
@@ -111,7 +111,7 @@ def plain_losses(config: Config, source: Iterator[Batch], ranks: Ranks, *, low: 
             with torch.no_grad():
                 for master, working in zip(masters.parameters(), model.parameters(), strict=True):
                     working.copy_(master)
-        losses.append(global_loss(ranks, own))
+        losses.append(told(ranks, step, own, norm=0.0, learning_rate=0.0)().loss)
     return losses
 
 

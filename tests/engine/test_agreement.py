@@ -63,8 +63,9 @@ def test_fp32_losses_are_those_of_one_process(stage: int, world_size: int, losse
 def test_bf16_losses_are_as_near_as_those_of_plain_data_parallelism(
     stage: int, world_size: int, losses: dict[int, Losses]
 ) -> None:
-    """PyTorch's DistributedDataParallel on two and on four ranks, beside itself on one: the larger difference."""
-    theirs = max(largest_difference(losses[1]["plain"], losses[ranks]["plain"]) for ranks in (2, 4))
+    """PyTorch's DistributedDataParallel on as many ranks beside itself on one; on one rank, beside that of two."""
+    ranks = max(world_size, 2)
+    theirs = largest_difference(losses[1]["plain"], losses[ranks]["plain"])
     ours = largest_difference(losses[1]["single-bf16"], losses[world_size][f"zero{stage}-bf16"])
     print(f"stage {stage}, {world_size} ranks: {ours:.2e}, plain {theirs:.2e}")
     assert ours <= 2 * theirs
