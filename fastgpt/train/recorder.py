@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Recorder:
         if resume_step is None:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of a start that never came to a checkpoint
         purge = None if resume_step is None else resume_step + 1
+        wait_for_a_name_of_its_own(folder / "tensorboard")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
 
     def begin(self, step: int) -> None:
@@ -80,3 +82,13 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.close()
             self._board.close()  # type: ignore[no-untyped-call]
+
+
+def wait_for_a_name_of_its_own(folder: Path) -> None:
+    """Until the clock shows another second than that in the name of any of the folder's event files.
+
+    TensorBoard reads event files in the order of their names: the second, the host, the process, a number that is not
+    padded. Two of one second may come in the wrong order, and what the second purges would stay.
+    """
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)

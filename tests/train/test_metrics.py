@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 from fastgpt.engine.base import Update
@@ -54,6 +55,16 @@ def test_numbers_keep_all_their_digits(tmp_path: Path) -> None:
     metrics.write({"step": 1, "loss": loss})
     metrics.close()
     assert json.loads(path.read_text())["loss"] == loss
+
+
+def test_event_files_are_read_in_the_order_in_which_they_were_begun(tmp_path: Path) -> None:
+    # a process and a number in the name of the first that come after any real one's
+    names = [f"events.out.tfevents.{int(time.time()) + ahead:010d}.zzz.9999999.9" for ahead in (0, 1)]
+    (tmp_path / "tensorboard").mkdir()
+    for name in names:
+        (tmp_path / "tensorboard" / name).touch()
+    Recorder(tmp_path, resume_step=1).close()
+    assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir())[:2] == names
 
 
 def test_tensorboard_forgets_what_a_checkpoint_does_not_know_of(tmp_path: Path) -> None:
