@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from fastgpt.errors import UserError, did_you_mean
 
-COMMANDS = ("train", "finetune", "predict", "features", "prepare", "generate", "plan", "bench")
+COMMANDS = ("train", "finetune", "predict", "features", "evaluate", "prepare", "generate", "plan", "bench")
 BENCHMARKS = ("step", "profile", "scale", "data", "start", "curves")
 
 EPILOG = """\
@@ -20,6 +20,7 @@ examples:
   fastgpt generate runs/quickstart --prompt 'def main'
   fastgpt finetune runs/mine configs/finetune/sst2.yaml task.train=train.tsv task.validation=dev.tsv
   fastgpt predict runs/sst2 new.tsv --out predictions.jsonl
+  fastgpt evaluate runs/mine --heuristic sst2=dev.tsv --heuristic winograd=wsc273.txt
   fastgpt plan configs/gpt2-1558m.yaml --gpus 8 --gpu h100
 """
 
@@ -74,6 +75,22 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", metavar="FILE", help="write JSON lines there (default: standard output)")
     predict.add_argument("--batch-size", type=int, default=32, help="examples of one pass (default: %(default)s)")
     _add_placing(predict)
+
+    evaluate = commands.add_parser("evaluate", help="what a model does without being trained to")
+    evaluate.add_argument("model", help="a run, a checkpoint, or a Hugging Face folder")
+    evaluate.add_argument(
+        "--heuristic",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="one of GPT-1's zero-shot heuristics (cola, sst2, race, storycloze, copa, hellaswag, winograd) and its "
+        "data; may be given several times",
+    )
+    evaluate.add_argument("--examples", type=int, metavar="N", help="at most so many of each file (default: all)")
+    evaluate.add_argument("--seed", type=int, default=0, help="which are chosen (default: %(default)s)")
+    evaluate.add_argument("--batch-size", type=int, default=32, help="texts of one pass (default: %(default)s)")
+    evaluate.add_argument("--out", metavar="FILE", help="write what is found there, as JSON")
+    _add_placing(evaluate)
 
     prepare = commands.add_parser("prepare", help="turn text into token shards")
     prepare.add_argument("source", help=".txt, .jsonl or .jsonl.gz files, a folder of them, or 'stdlib'")
@@ -191,3 +208,19 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def at_least_one(option: str, value: int) -> None:
+    """Raise UserError where an option that counts something is less than 1."""
+    if value < 1:
+        raise UserError(f"{option} must be at least 1, not {value}")
+
+
+def output_file(path: str) -> Path:
+    """The file that `--out` names. Raises UserError where no file can be written there."""
+    out = Path(path)
+    if out.is_dir():
+        raise UserError(f"--out: {path} is a folder; give a file")
+    if not out.parent.is_dir():
+        raise UserError(f"--out: {path}: its folder {out.parent} is not there; make it first")
+    return out

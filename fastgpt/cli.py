@@ -61,6 +61,7 @@ def _run(words: list[str]) -> int:
         "finetune": _finetune,
         "predict": _predict,
         "features": _features,
+        "evaluate": _evaluate,
         "prepare": _prepare,
         "generate": _generate,
         "plan": _plan,
@@ -146,6 +147,22 @@ def _predict(options: argparse.Namespace) -> int:
         options.data,
         out=options.out,
         batch_size=options.batch_size,
+        device=options.device,
+        backend=options.backend,
+    )
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from fastgpt.evaluate.command import evaluate_command
+
+    evaluate_command(
+        options.model,
+        options.heuristic,
+        examples=options.examples,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        out=options.out,
         device=options.device,
         backend=options.backend,
     )

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from fastgpt_kernels import Backend
 
+from fastgpt.arguments import at_least_one, output_file
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
@@ -56,13 +57,10 @@ def features_command(
     Raises:
         UserError: an option, the model or the examples cannot be.
     """
-    target = Path(out)
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
-    if target.suffix != ".npy" or target.is_dir():
+    at_least_one("--batch-size", batch_size)
+    target = output_file(out)
+    if target.suffix != ".npy":
         raise UserError(f"--out: {out} must be a file NAME.npy")
-    if not target.parent.is_dir():
-        raise UserError(f"--out: {out}: its folder {target.parent} is not there; make it first")
     for option, value, allowed in (("--split", split, SPLITS), ("--pooling", pooling, POOLINGS)):
         if value not in allowed:
             raise UserError(f"{option}: {value!r} is not one of {', '.join(allowed)}.{did_you_mean(value, allowed)}")

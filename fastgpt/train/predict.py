@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from fastgpt_kernels import Backend
 
+from fastgpt.arguments import at_least_one, output_file
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.precision import resolve_device
-from fastgpt.errors import UserError
 from fastgpt.files import write_atomically
 from fastgpt.task_folder import load_task_model
 from fastgpt.tasks import encode_examples, load_examples
@@ -27,12 +27,8 @@ def predict_command(run: str, data: str, *, out: str | None, batch_size: int, de
     Raises:
         UserError: the model was not fine-tuned, or a row cannot be read.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
-    if out is not None and Path(out).is_dir():
-        raise UserError(f"--out: {out} is a folder; give a file")
-    if out is not None and not Path(out).parent.is_dir():
-        raise UserError(f"--out: {out}: its folder {Path(out).parent} is not there; make it first")
+    at_least_one("--batch-size", batch_size)
+    target = None if out is None else output_file(out)
     place = resolve_device(device, setting="--device")
     ops_for(backend, place, setting="--backend")  # before the model, which takes longer
     model, tokenizer, tuned = load_task_model(Path(run), device=place, backend=backend)
@@ -42,10 +38,10 @@ def predict_command(run: str, data: str, *, out: str | None, batch_size: int, de
     )
     scores = scores_of(Untrained(model, place), encoded, tuned.task, batch_size)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines(examples, scores, tuned.task))
-    if out is None:
+    if target is None:
         sys.stdout.write(text)
     else:
-        write_atomically(Path(out), text)
+        write_atomically(target, text)
 
 
 def lines(examples: list[Example], scores: Floats, task: Task) -> list[dict[str, Any]]:
