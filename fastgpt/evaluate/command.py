@@ -31,7 +31,7 @@ def evaluate_command(
 ) -> None:
     """Try heuristics, tell of each in a line, and write a JSON object to `out`.
 
-    It has `model` as it was given, `step` of its checkpoint, or null where it is none, and a list, `heuristics`, of what
+    It has `model` as it was given, `step` of its checkpoint, or null where it is none, and `heuristics`, a list of what
     `evaluate_heuristic` gives. Everything but the model is looked at before the model is loaded.
 
     Raises:
