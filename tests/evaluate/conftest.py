@@ -32,10 +32,12 @@ class Planted(nn.Module):
         self.config = SimpleNamespace(vocab_size=vocab_size, context=context)
         self.weights = nn.Parameter(torch.zeros(vocab_size, vocab_size, dtype=torch.float64))
         self.last_only = last_only
-        self.rows: list[int] = []  # of hidden states that became logits, call by call
+        self.batches: list[tuple[int, ...]] = []  # shapes of tokens that were read, call by call
+        self.rows: list[int] = []  # of hidden states that became logits
 
     def hidden(self, tokens: Tensor) -> Tensor:
         assert tokens.shape[1] <= self.config.context
+        self.batches.append(tuple(tokens.shape))
         seen = nn.functional.one_hot(tokens, self.config.vocab_size).double()
         return seen if self.last_only else seen.cumsum(1)
 

@@ -70,6 +70,13 @@ def test_a_batch_finds_what_each_span_finds_alone(changes: dict[str, Any]) -> No
     assert len({round(x.total, 6) for x in together}) == len(spans)
 
 
+def test_each_span_is_computed_once_beside_those_of_like_length(planted: Callable[..., Any]) -> None:
+    model = planted([])
+    spans = [Span((0,) * (3 * size), (1,), "a") for size in (4, 1, 3, 2, 1, 4)]
+    likelihoods(model, spans, batch_size=2)
+    assert model.batches == [(2, 12), (2, 6)]
+
+
 def test_equal_spans_have_exactly_equal_likelihoods_whatever_stands_beside_them() -> None:
     spans = random_spans(6)
     model = random_model().float()
