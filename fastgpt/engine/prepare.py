@@ -8,12 +8,12 @@ import torch
 from fastgpt.config import Config
 from fastgpt.engine.base import Engine
 from fastgpt.engine.ranks import Ranks
-from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values
+from fastgpt.model.language_model import LanguageModel
 
 
 def prepare(
-    build: Callable[[], GPT],
+    build: Callable[[], LanguageModel],
     config: Config,
     *,
     kind: Literal["single", "deepspeed"],

@@ -32,8 +32,8 @@ from fastgpt.engine.schedule import frozen_levels, learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
 from fastgpt.engine.swap_folder import SwapFolder
 from fastgpt.errors import SharedError, UserError
-from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values, initialise
+from fastgpt.model.language_model import LanguageModel
 from fastgpt.model.levels import number_of_levels
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class DeepSpeedZero:
 
     def __init__(
         self,
-        build: Callable[[], GPT],
+        build: Callable[[], LanguageModel],
         config: Config,
         precision: str,
         device: torch.device,
@@ -147,7 +147,9 @@ class DeepSpeedZero:
         self._layout.refresh_weights()
         self._evaluating.forget()
 
-    def _build(self, build: Callable[[], GPT], values: InitialValues, deepspeed: Any, settings: dict[str, Any]) -> GPT:
+    def _build(
+        self, build: Callable[[], LanguageModel], values: InitialValues, deepspeed: Any, settings: dict[str, Any]
+    ) -> LanguageModel:
         """The model with its initial values, at stage 3 sharded as each module is made."""
         if self._stage < 3:
             model = build().to(DTYPES[self._precision]).to(self._device)

@@ -14,7 +14,7 @@ from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.model.convert import to_hugging_face
-from fastgpt.model.task import TaskModel, TaskShape, pool, shared_mask
+from fastgpt.model.task import TaskModel, TaskShape, new_task_model, pool, shared_mask
 
 # two examples of two sequences; the tokens that follow, -100 after the last real one
 TOKENS = torch.tensor([[[5, 1, 2, 6, 0], [5, 3, 6, 0, 0]], [[5, 1, 6, 0, 0], [5, 2, 4, 1, 6]]])
@@ -52,7 +52,7 @@ def task_model(
     config_of: Callable[..., ModelConfig], norm: str, scramble: Callable[[GPT], GPT]
 ) -> Callable[..., TaskModel]:
     def make(shape: TaskShape, **changes: Any) -> TaskModel:
-        model = TaskModel(config_of(norm=norm, **changes), load_ops("torch"), shape)
+        model = new_task_model(config_of(norm=norm, **changes), load_ops("torch"), shape)
         scramble(model)
         return model
 
@@ -175,7 +175,7 @@ def test_the_largest_and_the_mean_are_those_of_the_real_tokens() -> None:
 def test_logits_are_those_of_transformers_with_two_heads(config_of: Callable[..., ModelConfig]) -> None:
     transformers = pytest.importorskip("transformers")
     config = config_of(norm="post", n_embd=24, vocab_size=37)
-    model = TaskModel(config, load_ops("torch"), TaskShape(1, choice=True)).eval()
+    model = new_task_model(config, load_ops("torch"), TaskShape(1, choice=True)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

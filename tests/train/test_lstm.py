@@ -1,0 +1,131 @@
+"""An LSTM trains, generates, learns a task and resumes by the commands that a GPT does it by."""
+
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastgpt
+from fastgpt.cli import main
+from fastgpt.model import LSTM
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+SHAPE = ("model.kind=lstm", "model.n_head=null", "model.n_layer=1", "model.n_units=40")
+PRETRAINING = (*SHAPE, "engine.precision=fp32", "train.steps=8", "train.save_every=4", "train.eval_every=4")
+TASK = """\
+out: {folder}/run
+pretrained: given on the command line
+task:
+  table: {{kind: classification, format: jsonl, text: [text], label: label, labels: {{0: w, 1: v}}}}
+  train: {folder}/train.jsonl
+  validation: {folder}/validation.jsonl
+  lm_weight: 0.01
+  pooling: concat
+  head_units: 16
+train: {{epochs: 3, batch_size: 16, micro_batch_size: 8, lr: 3e-2, optimizer: adamw}}
+engine: {{threads: 1, precision: fp32}}
+"""
+EPOCH = 5
+
+
+def write_examples(path: Path, count: int, seed: int) -> None:
+    """Short texts whose class is that of their words."""
+    chance = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            label = chance.randrange(2)
+            words = [f"w{chance.randrange(3) + 5 * label}" for _ in range(chance.randint(2, 5))]
+            file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """A run's records, without what depends on the clock."""
+    timed = ("tokens_per_second", "examples_per_second")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def rewind(run: Path, again: Path, step: int) -> None:
+    """A copy of a run as it was at a step."""
+    shutil.copytree(run, again)
+    for checkpoint in (again / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    (again / "checkpoints" / "latest").write_text(f"step-{step:08d}")
+    (again / "summary.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    assert main(["train", str(tiny), f"out={folder}", *PRETRAINING]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    write_examples(folder / "train.jsonl", 80, seed=1)
+    write_examples(folder / "validation.jsonl", 24, seed=2)
+    path = folder / "task.yaml"
+    path.write_text(TASK.format(folder=folder))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained: Path, settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    assert main(["finetune", str(pretrained), str(settings), f"out={folder}", "train.keep=5"]) == 0
+    return folder
+
+
+def test_its_loss_falls_and_it_writes(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = [row["loss"] for row in rows(pretrained) if row["split"] == "train"]
+    assert losses[-1] < losses[0] - 0.2
+    model, _ = fastgpt.load_model(pretrained)
+    assert isinstance(model, LSTM) and model.config.n_units == 40 and model.config.n_head is None
+    words = ["generate", str(pretrained), "--prompt", "w1 w2", "--max-tokens", "40", "--temperature", "0"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("w1 w2")
+
+
+def test_it_learns_a_task_through_a_hidden_layer_and_predicts(tuned: Path, settings: Path, tmp_path: Path) -> None:
+    validations = [row for row in rows(tuned) if row["split"] == "validation"]
+    assert validations[-1]["accuracy"] > 0.95 and validations[-1]["loss"] < validations[0]["loss"] / 2
+    head = load_file(tuned / "best" / "task_head.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in head.items()} == {
+        "task_head.hidden.weight": (16, 3 * 32),
+        "task_head.hidden.bias": (16,),
+        "task_head.output.weight": (2, 16),
+        "task_head.output.bias": (2,),
+    }
+    data = settings.parent / "validation.jsonl"
+    assert main(["predict", str(tuned), str(data), "--out", str(tmp_path / "out.jsonl")]) == 0
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").open()]
+    right = ["wv"[json.loads(line)["label"]] for line in data.open()]
+    assert np.mean([a == b for a, b in zip(found, right, strict=True)]) == validations[-1]["accuracy"]
+
+
+def test_training_and_fine_tuning_go_on_bit_for_bit(
+    pretrained: Path, tuned: Path, tiny: Path, settings: Path, tmp_path: Path
+) -> None:
+    again, tuned_again = tmp_path / "pretrained", tmp_path / "tuned"
+    rewind(pretrained, again, 4)
+    assert main(["train", str(tiny), f"out={again}", *PRETRAINING, "--resume"]) == 0
+    assert rows(again) == rows(pretrained)
+    rewind(tuned, tuned_again, EPOCH)
+    words = [str(pretrained), str(settings), f"out={tuned_again}", "train.keep=5", "--resume"]
+    assert main(["finetune", *words]) == 0
+    assert rows(tuned_again) == rows(tuned)
+    for name in ("model.safetensors", "task_head.safetensors"):
+        first, second = (load_file(folder / "best" / name) for folder in (tuned, tuned_again))
+        assert all(torch.equal(tensor, second[key]) for key, tensor in first.items()), name
