@@ -124,6 +124,9 @@ class DeepSpeedZero:
 
     def model_state(self) -> dict[str, Tensor] | None:
         """The working weights by name on rank 0's CPU, gathered one at a time."""
+        if self._stage == 3:
+            # after an evaluation what it has gathered ahead, for a backward pass that does not come, is on its way
+            self._engine.empty_partition_cache()
         state = {}
         for name, parameter in self._weights.items():
             with self._gathered([parameter], enabled=self._stage == 3):
