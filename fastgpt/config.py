@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fastgpt.deepspeed_keys import leaves, owner
+from fastgpt.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -129,6 +130,16 @@ class ModelConfig(Section):
         if self.window is not None and self.window > self.context:
             raise broken("window", f"must be at most model.context ({self.context}), not {self.window}")
         return self
+
+
+def only_transformers(model: ModelConfig, what: str) -> None:
+    """Refuse another kind of model.
+
+    Raises:
+        UserError: naming what is of transformers alone.
+    """
+    if model.kind != "transformer":
+        raise UserError(f"model.kind: {what} knows transformers alone, not {model.kind}")
 
 
 class DataConfig(Section):

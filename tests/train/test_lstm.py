@@ -129,3 +129,46 @@ def test_training_and_fine_tuning_go_on_bit_for_bit(
     for name in ("model.safetensors", "task_head.safetensors"):
         first, second = (load_file(folder / "best" / name) for folder in (tuned, tuned_again))
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items()), name
+
+
+def test_layers_are_taken_over_and_unfrozen_level_by_level(pretrained: Path, settings: Path, tmp_path: Path) -> None:
+    words = ["train.unfreeze=gradual", "train.keep=5", "task.transfer_blocks=0", "task.head_units=null"]
+    assert main(["finetune", str(pretrained), str(settings), f"out={tmp_path / 'run'}", *words]) == 0
+    source, _ = fastgpt.load_model(pretrained)
+    folders = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    first, second, third = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    for name, old in source.named_parameters():
+        table = name == "token_embedding.weight"
+        rows = len(old) if table else None  # the special tokens are new
+        assert torch.equal(first[name][:rows], old) is table, name  # of the other model the table alone
+        assert torch.equal(first[name], second[name]) is table, name
+        assert not torch.equal(second[name], third[name]), name
+
+
+def test_features_are_those_of_its_layers_and_of_its_projection(
+    pretrained: Path, settings: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "f.npy"
+    words = ["features", str(pretrained), str(settings), "--out", str(out), "--split", "validation"]
+    found = []
+    for layer in ("0", "1"):
+        assert main([*words, "--pooling", "mean", "--layer", layer]) == 0
+        found.append(np.load(out))
+    assert found[0].shape == found[1].shape == (24, 32) and not np.array_equal(*found)
+    assert main([*words, "--pooling", "mean"]) == 0
+    assert np.array_equal(np.load(out), found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_fine_tune_as_one_process_does(
+    stage: int, tuned: Path, pretrained: Path, settings: Path, tmp_path: Path, command: Command
+) -> None:
+    outcome = command(
+        *("torchrun", "--nproc-per-node", "2", "-m", "fastgpt", "finetune", pretrained, settings),
+        *(f"out={tmp_path / 'ranks'}", f"engine.zero_stage={stage}"),
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    for ours, theirs in zip(rows(tuned), rows(tmp_path / "ranks"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=2e-4, abs=1e-5), ours["step"]
