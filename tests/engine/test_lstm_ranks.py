@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).with_name("ranks_program.py")
 LSTM = {"model.kind": "lstm", "model.n_head": None, "model.n_units": 40, "model.dropout": 0.1}
 RECOMPUTED = LSTM | {"train.activation_checkpointing": True}
 MIDDLE, END = 3, 6
-STAGES = (1, 2, 3)
+STAGES = (0, 1, 2, 3)
 Results = dict[str, dict[str, Any]]
 
 
@@ -73,7 +73,7 @@ def test_fp32_losses_agree_with_one_process(stage: int, results: Results) -> Non
             assert largest_difference(results["single-fp32"], results[name], key) <= 1e-5
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", (1, 2, 3))
 def test_bf16_stays_as_near_to_one_process_as_bf16_is_to_fp32(stage: int, results: Results) -> None:
     one, two = results["single-bf16"], results[f"zero{stage}-bf16"]
     assert two["dtype"] == "torch.bfloat16" and two["updates"][0]["loss"] == one["updates"][0]["loss"]

@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastgpt_kernels import load_ops
 from safetensors.torch import load_file
 
 import fastgpt
 from fastgpt.cli import main
+from fastgpt.config import Config
+from fastgpt.engine.prepare import prepare
+from fastgpt.engine.ranks import Ranks
 from fastgpt.model import LSTM
+from fastgpt.model.build import new_model
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -143,6 +148,31 @@ def test_layers_are_taken_over_and_unfrozen_level_by_level(pretrained: Path, set
         assert torch.equal(first[name][:rows], old) is table, name  # of the other model the table alone
         assert torch.equal(first[name], second[name]) is table, name
         assert not torch.equal(second[name], third[name]), name
+
+
+def test_a_cpu_without_bf16_of_its_own_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = {"kind": "lstm", "n_layer": 1, "n_units": 4, "n_embd": 3, "context": 2, "vocab_size": 5}
+    train = {"steps": 1, "batch_tokens": 2, "micro_batch_size": 1, "lr": 1e-3}
+    config = Config.model_validate({"out": "unused", "model": shape, "data": {"path": "unused"}, "train": train})
+
+    def made(precision: str) -> str:
+        caplog.clear()
+        prepare(
+            lambda: new_model(config.model, load_ops("torch")),
+            config,
+            kind="single",
+            precision=precision,
+            device=torch.device("cpu"),
+            ranks=Ranks(),
+        )
+        return caplog.text
+
+    monkeypatch.setattr("fastgpt.engine.prepare._onednn_has_bf16", lambda: False)
+    assert "oneDNN has no bf16 on this CPU" in made("bf16") and not made("fp32")
+    monkeypatch.setattr("fastgpt.engine.prepare._onednn_has_bf16", lambda: True)
+    assert not made("bf16")
 
 
 def test_features_are_those_of_its_layers_and_of_its_projection(
