@@ -45,7 +45,8 @@ def features_command(
         out: a file, `NAME.npy`: float32 (examples, F), or (examples, K, F) where an example is K sequences.
             `NAME.labels.npy` beside it has their classes or choices, int64, or scores, float32.
         split: "train", "validation" or "test".
-        layer: activations after so many blocks, 0 the embedding; None is after the last, normalised.
+        layer: activations after so many blocks, 0 the embedding; None is after the last, normalised
+            or projected.
         pooling: "extract" (the last token, F = N), "mean" (over the sequence) or "concat" (both and the maximum, 3 N).
         batch_size: examples of one pass.
         device: where the model runs.

@@ -15,6 +15,7 @@ PROGRAM = Path(__file__).with_name("ranks_program.py")
 # two layers and a projection
 LSTM = {"model.kind": "lstm", "model.n_head": None, "model.n_units": 40, "model.dropout": 0.1}
 RECOMPUTED = LSTM | {"train.activation_checkpointing": True}
+OFFLOADED = RECOMPUTED | {"engine.offload_optimizer": "cpu", "engine.offload_parameters": "cpu"}
 MIDDLE, END = 3, 6
 STAGES = (0, 1, 2, 3)
 Results = dict[str, dict[str, Any]]
@@ -55,6 +56,7 @@ def results(
                 {**base, "name": f"{name}-from-single", "read": state},
             ]
         ranks.append({**base, "name": f"zero3-{precision}-recomputed", "overrides": RECOMPUTED})
+    ranks.append({**base, "name": "zero3-fp32-offloaded", "precision": "fp32", "overrides": OFFLOADED})
     return run([sys.executable], alone) | run(["torchrun", "--nproc-per-node", "2"], ranks)
 
 
@@ -95,6 +97,10 @@ def test_sharded_weights_and_recomputed_activations_change_no_bit(precision: str
     assert kept["kept_gathered"] == recomputed["kept_gathered"] == 0
     assert recomputed["updates"] == kept["updates"]
     assert recomputed["end"] == kept["end"]
+
+
+def test_what_is_offloaded_changes_no_loss_but_by_rounding(results: Results) -> None:
+    assert largest_difference(results["single-fp32"], results["zero3-fp32-offloaded"], "loss") <= 1e-5
 
 
 def test_samples_come_from_a_state_that_is_carried_on_with_the_new_weights(results: Results) -> None:
