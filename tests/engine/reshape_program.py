@@ -13,7 +13,6 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from torch import Tensor
 from fastgpt.config import Config
 from fastgpt.data.source import Batch, ShardSource
 from fastgpt.engine.base import Engine, evaluation_loss
-from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.precision import DTYPES
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
@@ -67,29 +65,24 @@ def settings(layout: Layout) -> Config:
                 "warmup_steps": 2,
                 "seed": SEED,
             },
-            "engine": {"zero_stage": layout["stage"] or 0},
+            "engine": {
+                "zero_stage": layout["stage"] or 0,
+                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": KEPT_GATHERED}},
+            },
         }
     )
 
 
-def partly_gathered(config: Config, precision: str, world_size: int) -> dict[str, Any]:
-    ours = deepspeed_settings(config, precision, world_size)
-    return ours | {
-        "zero_optimization": ours["zero_optimization"] | {"stage3_param_persistence_threshold": KEPT_GATHERED}
-    }
-
-
 def engine_of(layout: Layout, ranks: Ranks) -> Engine:
     config = settings(layout)
-    with mock.patch("fastgpt.engine.zero.deepspeed_settings", partly_gathered):
-        return prepare(
-            lambda: GPT(config.model, load_ops("torch")),
-            config,
-            kind="single" if layout["stage"] is None else "deepspeed",
-            precision=layout["precision"],
-            device=torch.device("cpu"),
-            ranks=ranks,
-        )
+    return prepare(
+        lambda: GPT(config.model, load_ops("torch")),
+        config,
+        kind="single" if layout["stage"] is None else "deepspeed",
+        precision=layout["precision"],
+        device=torch.device("cpu"),
+        ranks=ranks,
+    )
 
 
 class Text:
