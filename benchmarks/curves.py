@@ -28,7 +28,7 @@ from benchmarks.session import Keeping, say, timed
 from benchmarks.shapes import Scale
 from benchmarks.step_contenders import Job, Ours, Peer, Trainer, adamw, check_available
 from benchmarks.step_models import PlainGPT
-from fastgpt.config import Config
+from fastgpt.config import Config, only_transformers
 from fastgpt.data.prefetch import prefetch
 from fastgpt.data.shards import TokenShards
 from fastgpt.data.source import Batch, ShardSource
@@ -145,6 +145,7 @@ def case_of(path: str | None, overrides: Sequence[str]) -> Case:
         stem, config = SMALL, load_config(gpu.ROOT / "configs" / "gpt2-124m.yaml", (*SMALL_GPT2, *overrides))
     else:
         stem, config = Path(path).stem, load_config(path, overrides)
+    only_transformers(config.model, "this benchmark")
     precision = config.engine.precision
     if precision == "fp16":
         raise UserError("engine.precision: fp16 is not compared with plain PyTorch; use bf16, fp32 or auto for both")

@@ -28,7 +28,7 @@ from benchmarks.session import Keeping, say, timed
 from benchmarks.shapes import Scale
 from benchmarks.step import TOY_PARAMETERS, allowed_difference
 from benchmarks.step_process import ContenderFailed, TimeIsOver
-from fastgpt.config import Config
+from fastgpt.config import Config, only_transformers
 from fastgpt.engine.host import available_cores
 from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
@@ -120,6 +120,7 @@ def run(
 def case_of(path: str, overrides: Sequence[str]) -> Case:
     """The settings as they are measured: the learning rate constant, so that the first updates change weights."""
     config = load_config(path, overrides)
+    only_transformers(config.model, "this benchmark")
     tree = config.model_dump()
     tree["train"] |= {"schedule": "constant", "warmup_steps": 0, "batch_ramp_tokens": None, "batch_ramp_start": None}
     config = Config.model_validate(tree)

@@ -27,7 +27,7 @@ from benchmarks.session import Keeping, say, timed
 from benchmarks.shapes import Scale
 from benchmarks.step_contenders import ABOUT, NAMES, SAME_WEIGHTS, Job
 from benchmarks.step_process import ContenderFailed, Process, TimeIsOver
-from fastgpt.config import Config
+from fastgpt.config import Config, only_transformers
 from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
 from fastgpt.settings import load_config
@@ -115,6 +115,7 @@ def run(
 def case_of(path: str, overrides: Sequence[str], peer_path: str | None, label: str = "") -> Case:
     """The settings as they are measured: the learning rate constant, so that the first updates change weights."""
     config = load_config(path, overrides)
+    only_transformers(config.model, "this benchmark")
     tree = config.model_dump()
     tree["train"] |= {"schedule": "constant", "warmup_steps": 0}
     tree["engine"]["kind"] = "single"

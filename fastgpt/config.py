@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fastgpt.deepspeed_keys import leaves, owner
+from fastgpt.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -38,11 +39,23 @@ MISPRINTS = {
 }
 
 
-class ModelConfig(Section):
-    """The shape of a GPT: `norm: post` is GPT-1's block, `norm: pre` GPT-2's."""
+# GPT-1's Table 5: "a single layer 2048 unit LSTM".
+UNITS = 2048
 
+# Settings of a transformer alone, and their values where nothing is set.
+ATTENTION = {"n_head": None, "norm": "pre", "attention": "dense", "window": None, "embedding": "separate"}
+
+
+class ModelConfig(Section):
+    """The shape of a GPT (`norm: post` is GPT-1's block, `norm: pre` GPT-2's), or of an LSTM."""
+
+    kind: Literal["transformer", "lstm"] = "transformer"
+    """`lstm` is the comparison of GPT-1's Table 5 (docs/transfer.md)."""
     n_layer: Annotated[int, Field(ge=1, le=1000)]
-    n_head: Annotated[int, Field(ge=1, le=1024)]
+    n_head: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Needed for `kind: transformer`; an LSTM has none."""
+    n_units: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Units of each layer of an LSTM, by default the 2048 of GPT-1's Table 5; a transformer has none."""
     n_embd: Annotated[int, Field(ge=1, le=65536)]
     context: Annotated[int, Field(ge=1, le=2**20)]
     vocab_size: Annotated[int, Field(ge=1, le=2**22)]
@@ -65,12 +78,45 @@ class ModelConfig(Section):
         """The window of a layer's attention, counting layers from 0; None where attention is dense."""
         return self.window if layer % 2 else None
 
+    @property
+    def heads(self) -> int:
+        """Attention heads of a transformer."""
+        assert self.n_head is not None, "an LSTM has no heads"
+        return self.n_head
+
+    @property
+    def units(self) -> int:
+        """Units of each layer of an LSTM."""
+        assert self.n_units is not None, "a transformer has no units"
+        return self.n_units
+
+    @model_validator(mode="before")
+    @classmethod
+    def _units_are_the_papers(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("kind") == "lstm" and given.get("n_units") is None:
+            return given | {"n_units": UNITS}
+        return given
+
+    @model_validator(mode="after")
+    def _settings_are_those_of_the_kind(self) -> "ModelConfig":
+        if self.kind == "lstm":
+            for name, default in ATTENTION.items():
+                if (value := getattr(self, name)) != default:
+                    raise broken(name, f"is {value}, but model.kind is lstm, which has no such thing: leave it out")
+        elif self.n_head is None:
+            raise broken("n_head", "is missing; it must be an integer of at least 1 and at most 1024")
+        elif self.n_units is not None:
+            raise broken("n_units", f"is {self.n_units}, but model.kind is transformer: leave it out")
+        return self
+
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> "ModelConfig":
-        if self.n_embd % self.n_head:
-            multiple = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            advice = MISPRINTS.get((self.n_head, self.n_embd), f"The nearest is {multiple}")
-            raise broken("n_embd", f"must be a multiple of model.n_head ({self.n_head}), not {self.n_embd}. {advice}")
+        if self.kind == "lstm":
+            return self
+        if self.n_embd % self.heads:
+            multiple = max(1, round(self.n_embd / self.heads)) * self.heads
+            advice = MISPRINTS.get((self.heads, self.n_embd), f"The nearest is {multiple}")
+            raise broken("n_embd", f"must be a multiple of model.n_head ({self.heads}), not {self.n_embd}. {advice}")
         return self
 
     @model_validator(mode="after")
@@ -84,6 +130,16 @@ class ModelConfig(Section):
         if self.window is not None and self.window > self.context:
             raise broken("window", f"must be at most model.context ({self.context}), not {self.window}")
         return self
+
+
+def only_transformers(model: ModelConfig, what: str) -> None:
+    """Refuse another kind of model.
+
+    Raises:
+        UserError: naming what is of transformers alone.
+    """
+    if model.kind != "transformer":
+        raise UserError(f"model.kind: {what} knows transformers alone, not {model.kind}")
 
 
 class DataConfig(Section):
@@ -387,6 +443,14 @@ class Config(Section):
                 "train.batch_ramp_start",
                 f"must be a multiple of train.micro_batch_size x model.context ({unit}) that divides "
                 f"train.batch_tokens ({train.batch_tokens}), not {start}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_lstm_is_not_compiled(self) -> "Config":
+        if self.engine.compile and self.model.kind == "lstm":
+            raise broken(
+                "engine.compile", "compiles the blocks of a transformer, and model.kind is lstm: set it to false"
             )
         return self
 

@@ -51,7 +51,9 @@ class TaskConfig(Section):
     pooling: Literal["extract", "concat"] = "extract"
     """What the output layer reads: the activation at the extract token, or that, maximum and mean (ULMFiT)."""
     dropout: Probability = 0.1
-    """Of what the output layer reads; one mask for all choices of an example."""
+    """Of what the output layer reads, and its hidden layer hands on; one mask for all choices of an example."""
+    head_units: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """ReLU units of a hidden layer between activations and output (ULMFiT); null has a linear output layer (GPT-1)."""
 
     @model_validator(mode="after")
     def _data_are_named_once(self) -> "TaskConfig":

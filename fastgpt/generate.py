@@ -1,7 +1,6 @@
 """Text from a model: sampling token by token, and `fastgpt generate`.
 
-Where keys and values are kept between two tokens is the business of who gives the logits: `CachedLogits` of
-`fastgpt.model.cache` keeps them.
+What is kept between two tokens is the business of who gives the logits: `cached_logits` of `fastgpt.model.cache`.
 """
 
 import codecs
@@ -115,14 +114,14 @@ def generate_command(
     from fastgpt.engine.backend import ops_for
     from fastgpt.engine.precision import resolve_device
     from fastgpt.load import read_model
-    from fastgpt.model.cache import CachedLogits
+    from fastgpt.model.cache import cached_logits
 
     place = resolve_device(device, setting="--device")
     model, tokenizer = read_model(folder, ops_for(backend, place, setting="--backend"), place)
     if tokenizer is None:
         raise UserError(f"{folder}: the model has no tokenizer, so there is no text to go from or to")
     table = model.token_embedding.weight
-    logits = CachedLogits(model, model.config, dtype=table.dtype, device=table.device)
+    logits = cached_logits(model, model.config, dtype=table.dtype, device=table.device)
     out = out or sys.stdout
     for sample in range(samples):
         tokens = generate(

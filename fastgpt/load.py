@@ -23,7 +23,7 @@ from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
 from fastgpt.files import open_to_readers
 from fastgpt.model.convert import ARCHITECTURES, from_hugging_face
-from fastgpt.model.gpt import GPT
+from fastgpt.model.language_model import LanguageModel
 from fastgpt.model.state import model_from_state
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer.files import PAIRS, read_json, read_tokenizer
@@ -58,7 +58,7 @@ def load_model(
     device: str | torch.device = "cpu",
     backend: Backend = "auto",
     dtype: torch.dtype | None = None,
-) -> tuple[GPT, Tokenizer | None]:
+) -> tuple[LanguageModel, Tokenizer | None]:
     """Read a trained model, in eval mode, and its tokenizer.
 
     Args:
@@ -80,7 +80,7 @@ def load_model(
 
 def read_model(
     folder: str | PathLike[str], ops: Ops, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[GPT, Tokenizer | None]:
+) -> tuple[LanguageModel, Tokenizer | None]:
     """`load_model` with operations that are loaded, on a device that is there."""
     folder = model_folder(Path(folder))
     settings = read_json(folder / "config.json")
@@ -134,7 +134,7 @@ def _our_config(settings: dict[str, Any], folder: Path) -> ModelConfig:
         return ModelConfig(**fields)
     except ValidationError as problem:
         error = problem.errors()[0]
-        key = ".".join(map(str, error["loc"])) or "n_embd"
+        key = ".".join(map(str, error["loc"])) or error["ctx"]["key"]
         near = did_you_mean(key, ModelConfig.model_fields) if error["type"] == "extra_forbidden" else ""
         raise UserError(f"{path}: {key}: {error['msg']}.{near}") from None
 

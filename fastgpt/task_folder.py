@@ -1,6 +1,6 @@
 """A fine-tuned model in a folder: a model as `load_model` reads it, and beside it the task with its output layer.
 
-config.json  model.safetensors  tokenizer files      the GPT, special tokens in its table
+config.json  model.safetensors  tokenizer files      the language model, special tokens in its table
 task.json  task_head.safetensors                     what it was fine-tuned to, and the output layer
 """
 
@@ -20,7 +20,7 @@ from fastgpt.errors import UserError
 from fastgpt.files import open_to_readers
 from fastgpt.load import load_model, model_folder, save_model
 from fastgpt.model.levels import HEAD
-from fastgpt.model.task import TaskModel, TaskShape
+from fastgpt.model.task import TaskModel, TaskShape, new_task_model
 from fastgpt.tasks.example import Kind, Task
 from fastgpt.tasks.transform import SpecialTokens
 from fastgpt.tokenizer import Tokenizer
@@ -104,14 +104,14 @@ def load_task_model(
     tuned = fine_tuned(folder)
     if tuned is None:
         raise UserError(f"{folder}: a model that was not fine-tuned to a task; `fastgpt finetune` does that")
-    gpt, tokenizer = load_model(folder, device=device, backend=backend, dtype=dtype)
+    language_model, tokenizer = load_model(folder, device=device, backend=backend, dtype=dtype)
     path = model_folder(folder) / OUTPUT_LAYER
     if tokenizer is None:
         raise UserError(f"{folder}: its tokenizer is missing")
-    weights = dict(gpt.named_parameters())
+    weights = dict(language_model.named_parameters())
     first = next(iter(weights.values()))
     with torch.device("meta"):
-        model = TaskModel(gpt.config, gpt.ops, tuned.shape)
+        model = new_task_model(language_model.config, language_model.ops, tuned.shape)
     state: dict[str, Any] = {name: p.detach() for name, p in weights.items()}
     try:
         state |= {name: t.to(first.device, first.dtype) for name, t in load_file(path).items()}

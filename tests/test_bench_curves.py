@@ -268,6 +268,7 @@ def test_goals_ask_for_curves_within_the_spread():
         (["train.optimizer=gpt1"], "train.optimizer: PyTorch has no gpt1; use adamw"),
         (["train.unfreeze_every=3"], "train.unfreeze_every: is not compared with plain PyTorch; leave it out"),
         (["model.attention=alternating", "model.window=8"], "it has no windows in its attention"),
+        (["model.kind=lstm", "model.n_head=null"], "model.kind: this benchmark knows transformers alone, not lstm"),
         (["train.stepz=3"], "train.stepz is not a setting. Did you mean train.steps?"),
         (["data.path=/nowhere/text.txt"], "/nowhere/text.txt: no such file"),
         (["model.context=4096", "train.micro_batch_size=1", "train.batch_tokens=4096"], "the validation split has"),

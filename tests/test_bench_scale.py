@@ -322,6 +322,7 @@ def test_the_tables_show_speed_traffic_memory_and_met_overflows(toy, told):
         (["--ranks", "0"], "--ranks: '0' is not a list of numbers above 0"),
         (["--ranks", "3"], "--ranks: 4 micro-batches an update cannot be shared by 3 ranks"),
         (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["model.kind=lstm", "model.n_head=null"], "model.kind: this benchmark knows transformers alone, not lstm"),
         (["train.stepz=1"], "train.stepz is not a setting"),
         (
             ["engine.offload_optimizer=cpu", "--engines", "zero0"],

@@ -303,6 +303,7 @@ def test_a_label_keeps_measurements_of_a_file_apart(toy):
         (["--contenders", ","], "nobody is named"),
         (["--label", "a b"], "must be of letters, digits and hyphens"),
         (["--peer-path", "."], "--peer-path: . is not a folder with nanoGPT's model.py"),
+        (["model.kind=lstm", "model.n_head=null"], "model.kind: this benchmark knows transformers alone, not lstm"),
         (["train.stepz=3"], "train.stepz is not a setting. Did you mean train.steps?"),
         (["--rounds", "0"], "--rounds must be at least 1, not 0"),
         (["--seconds", "0"], "--seconds must be above 0, not 0"),

@@ -191,6 +191,15 @@ def test_a_folder_that_transformers_wrote_in_shards_is_read(tmp_path: Path, mode
     assert torch.equal(load_model(tmp_path)[0](TOKENS), model.eval()(TOKENS))
 
 
+def test_a_config_of_before_there_were_kinds_of_models_is_a_transformers(folder: Path, model: GPT) -> None:
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("kind") == "transformer" and settings.pop("n_units") is None
+    path.write_text(json.dumps(settings))
+    again, _ = load_model(folder)
+    assert again.config == model.config and torch.equal(again(TOKENS), model.eval()(TOKENS))
+
+
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -229,6 +238,8 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown setting": (lambda f: edit(f, n_embed=3), r"config\.json: n_embed: .* Did you mean n_embd\?"),
     "mistyped setting": (lambda f: edit(f, n_layer="2"), r"config\.json: n_layer: Input should be a valid integer"),
     "heads": (lambda f: edit(f, n_head=2), r"config\.json: n_embd: must be a multiple"),
+    "no heads": (lambda f: edit(f, n_head=None), r"config\.json: n_head: is missing; it must be an integer"),
+    "units": (lambda f: edit(f, n_units=3), r"config\.json: n_units: is 3, but model\.kind is transformer"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no model\.safetensors"),
     "pickle": (into_pickle, "is pickle, which can run code and is not read; convert it"),
     "missing tensor": (

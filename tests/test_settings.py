@@ -35,6 +35,8 @@ train:
   lr: 3e-4
 """
 
+AN_LSTM = GOOD.replace("  n_head: 2\n", "").replace("n_layer: 2", "kind: lstm\n  n_layer: 2")
+
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
@@ -46,6 +48,22 @@ def good(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_shipped_file_loads(path: Path) -> None:
     load_config(path)
+
+
+def test_an_lstm_has_the_units_of_the_paper_and_reads_back_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "lstm.yaml"
+    path.write_text(AN_LSTM)
+    config = load_config(path)
+    assert config.model.n_units == 2048 and config.model.n_head is None
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    assert load_config(path, ["model.n_units=40"]).model.n_units == 40
+
+
+def test_the_shipped_lstm_has_the_data_tokens_and_batch_of_gpt_1() -> None:
+    lstm, gpt = (load_config(FOLDER / f"{name}.yaml") for name in ("lstm-2048", "gpt1-117m"))
+    assert (lstm.data, lstm.train, lstm.engine) == (gpt.data, gpt.train, gpt.engine)
+    assert parameter_count(lstm.model) == 55_736_832
 
 
 def test_there_are_shipped_files() -> None:
@@ -188,6 +206,35 @@ IN_FILE = {
         GOOD.replace("n_head: 2", "n_head: 40").replace("n_embd: 32", "n_embd: 5140"),
         ":5: model.n_embd must be a multiple of model.n_head (40), not 5140. The GPT-3 paper prints a width of 5140 "
         "for its 13B model, but its 40 heads of 128 make 5120",
+    ),
+    "no heads": (GOOD.replace("  n_head: 2\n", ""), ":2: model.n_head is missing; it must be an integer of at least 1"),
+    "units of a transformer": (
+        GOOD.replace("n_head: 2", "n_head: 2\n  n_units: 40"),
+        ":5: model.n_units is 40, but model.kind is transformer: leave it out",
+    ),
+    "heads of an LSTM": (
+        GOOD.replace("n_layer: 2", "kind: lstm\n  n_layer: 2"),
+        ":5: model.n_head is 2, but model.kind is lstm, which has no such thing: leave it out",
+    ),
+    "a norm of an LSTM": (
+        AN_LSTM.replace("kind: lstm", "kind: lstm\n  norm: post"),
+        ":4: model.norm is post, but model.kind is lstm",
+    ),
+    "attention of an LSTM": (
+        AN_LSTM.replace("kind: lstm", "kind: lstm\n  attention: alternating\n  window: 4"),
+        ":4: model.attention is alternating, but model.kind is lstm",
+    ),
+    "one table of an LSTM": (
+        AN_LSTM.replace("kind: lstm", "kind: lstm\n  embedding: table"),
+        ":4: model.embedding is table, but model.kind is lstm",
+    ),
+    "an LSTM compiled": (
+        AN_LSTM + "engine:\n  compile: true\n",
+        ":16: engine.compile compiles the blocks of a transformer, and model.kind is lstm: set it to false",
+    ),
+    "another kind of model": (
+        GOOD.replace("n_layer: 2", "n_layer: 2\n  kind: lsmt"),
+        ":4: model.kind must be one of transformer, lstm, not 'lsmt'. Did you mean lstm?",
     ),
     "bands without a width": (
         GOOD.replace("n_layer: 2", "n_layer: 2\n  attention: alternating"),

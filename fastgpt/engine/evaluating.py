@@ -1,25 +1,25 @@
 """What a model gives as it stands, dropout off: the same in every engine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
-from fastgpt.model.cache import CachedLogits
+from fastgpt.model.cache import cached_logits
 
 
 class Evaluating:
     """A model in evaluation mode, for a call at a time."""
 
     def __init__(self, model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Ask a GPT of this config, or what wraps it, its parameters of this dtype and on this device."""
+        """Ask a model of this config, or what wraps it, its parameters of this dtype and on this device."""
         self._model = model
         self._config = config
         self._dtype = dtype
         self._device = device
-        self._sampler: CachedLogits | None = None
+        self._sampler: Callable[[Tensor], Tensor] | None = None
 
     def forget(self) -> None:
         """Take note that the weights change: what is kept of a text was computed by those of before."""
@@ -36,5 +36,5 @@ class Evaluating:
         """Logits (B, V) float32 on the CPU after the last of `tokens` (B, T)."""
         self._model.eval()
         if self._sampler is None:
-            self._sampler = CachedLogits(self._model, self._config, dtype=self._dtype, device=self._device)
+            self._sampler = cached_logits(self._model, self._config, dtype=self._dtype, device=self._device)
         return self._sampler(tokens).float().cpu()

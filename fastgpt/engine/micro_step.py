@@ -10,14 +10,14 @@ from fastgpt.data.source import MicroBatch
 from fastgpt.engine.host import to_device
 from fastgpt.engine.main_gradients import MainGradients
 from fastgpt.engine.phases import Phases, unobserved
-from fastgpt.model.gpt import GPT
+from fastgpt.model.language_model import LanguageModel
 
 
 class MicroStep:
     """Adds the gradient of one micro-batch to the main gradients."""
 
     def __init__(
-        self, model: GPT, gradients: MainGradients, device: torch.device, *, checkpoint_activations: bool
+        self, model: LanguageModel, gradients: MainGradients, device: torch.device, *, checkpoint_activations: bool
     ) -> None:
         """Differentiate a model on its device; with `checkpoint_activations` it recomputes them."""
         self.phases: Phases = unobserved

@@ -1,5 +1,6 @@
 """One process, no DeepSpeed: the plain form of an update, which the other engine is held to."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from fastgpt.engine.precision import DTYPES, LossScale
 from fastgpt.engine.ranks import Ranks
 from fastgpt.engine.schedule import frozen_levels, learning_rate
 from fastgpt.engine.state import Fragment, Progress, check_parameters, read_state, restored_scale, write_state
-from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values, initialise
+from fastgpt.model.language_model import LanguageModel
 from fastgpt.model.levels import number_of_levels
+
+log = logging.getLogger(__name__)
 
 
 class SingleProcess:
@@ -32,7 +35,7 @@ class SingleProcess:
 
     def __init__(
         self,
-        build: Callable[[], GPT],
+        build: Callable[[], LanguageModel],
         config: Config,
         precision: str,
         device: torch.device,
@@ -69,7 +72,10 @@ class SingleProcess:
         self._micro_step: MicroStep | GraphedMicroStep = plain
         unchanging = config.train.unfreeze_every is None  # what is differentiated, as a graph needs it
         if recorder is None and device.type == "cuda" and config.engine.cuda_graph and unchanging:
-            recorder = CudaGraphs()
+            if config.model.kind == "lstm":
+                log.info("no CUDA graph over the micro-step: cuDNN's LSTM, which copies its weights, is not recorded")
+            else:
+                recorder = CudaGraphs()
         if recorder is not None:
             self._micro_step = GraphedMicroStep(plain, self._weights, recorder)
         self._evaluating = Evaluating(self._model, config.model, DTYPES[precision], device)

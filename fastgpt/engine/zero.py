@@ -32,8 +32,8 @@ from fastgpt.engine.schedule import frozen_levels, learning_rate
 from fastgpt.engine.state import Progress, check_parameters, read_state, restored_scale, write_state
 from fastgpt.engine.swap_folder import SwapFolder
 from fastgpt.errors import SharedError, UserError
-from fastgpt.model.gpt import GPT
 from fastgpt.model.init import InitialValues, initial_values, initialise
+from fastgpt.model.language_model import LanguageModel
 from fastgpt.model.levels import number_of_levels
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class DeepSpeedZero:
 
     def __init__(
         self,
-        build: Callable[[], GPT],
+        build: Callable[[], LanguageModel],
         config: Config,
         precision: str,
         device: torch.device,
@@ -124,6 +124,9 @@ class DeepSpeedZero:
 
     def model_state(self) -> dict[str, Tensor] | None:
         """The working weights by name on rank 0's CPU, gathered one at a time."""
+        if self._stage == 3:
+            # after an evaluation what it has gathered ahead, for a backward pass that does not come, is on its way
+            self._engine.empty_partition_cache()
         state = {}
         for name, parameter in self._weights.items():
             with self._gathered([parameter], enabled=self._stage == 3):
@@ -147,7 +150,9 @@ class DeepSpeedZero:
         self._layout.refresh_weights()
         self._evaluating.forget()
 
-    def _build(self, build: Callable[[], GPT], values: InitialValues, deepspeed: Any, settings: dict[str, Any]) -> GPT:
+    def _build(
+        self, build: Callable[[], LanguageModel], values: InitialValues, deepspeed: Any, settings: dict[str, Any]
+    ) -> LanguageModel:
         """The model with its initial values, at stage 3 sharded as each module is made."""
         if self._stage < 3:
             model = build().to(DTYPES[self._precision]).to(self._device)

@@ -18,7 +18,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops, window: int | None = None) -> None:
         super().__init__()
-        self.heads = config.n_head
+        self.heads = config.heads
         self.window = window
         self.ops = ops
         self.qkv = Linear(config.n_embd, 3 * config.n_embd)

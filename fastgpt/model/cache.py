@@ -1,4 +1,4 @@
-"""Keys and values of tokens already read, so that the next token costs one position instead of the whole window."""
+"""What is kept of tokens already read, so that the next token costs one position instead of the whole window."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +9,12 @@ from torch import Tensor
 from fastgpt.config import ModelConfig
 
 SMALLEST = 64  # positions that a cache of `CachedLogits` starts with at least
+
+
+class Cache:
+    """What a model keeps of the tokens before those that it is given."""
+
+    length: int  # tokens kept
 
 
 class LayerCache(NamedTuple):
@@ -34,7 +40,7 @@ class LayerCache(NamedTuple):
         return self.keys[:, :, first:], self.values[:, :, first:], self.lengths - first
 
 
-class KeyValueCache:
+class KeyValueCache(Cache):
     """Room for the keys and values of `capacity` tokens of each of `batch` texts, in every layer of a model.
 
     `model(tokens, cache=cache)` reads tokens that follow those of the cache and adds them: any number to an empty
@@ -44,9 +50,9 @@ class KeyValueCache:
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        size = config.n_embd // config.n_head
+        size = config.n_embd // config.heads
         # zeros: a masked product over positions not in use must not meet NaN
-        self._kept = torch.zeros((config.n_layer, 2, batch, config.n_head, capacity, size), dtype=dtype, device=device)
+        self._kept = torch.zeros((config.n_layer, 2, batch, config.heads, capacity, size), dtype=dtype, device=device)
         self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity = capacity
         self.length = 0
@@ -62,19 +68,72 @@ class KeyValueCache:
         self.length = other.length
 
 
-class CachedLogits:
-    """Logits after the last token of texts that grow by a token a call: what `fastgpt.generate` asks for.
+class LayerState(NamedTuple):
+    """The state of one layer of LSTM units, which each pass replaces in place."""
 
-    Where all tokens but the last are those of an earlier call, or the first of them, the cache has the rest. A text as
-    long as the context slides: its tokens change their positions, and each call computes the window anew.
+    hidden: Tensor  # (1, B, units)
+    cell: Tensor  # (1, B, units)
 
-    The weights must stay as they are between two calls.
+
+class LSTMState(Cache):
+    """The state of an LSTM after `length` tokens of each of `batch` texts, at first zeros."""
+
+    def __init__(self, config: ModelConfig, batch: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        zeros = torch.zeros((config.n_layer, 2, 1, batch, config.units), dtype=dtype, device=device)
+        self.layers = [LayerState(hidden, cell) for hidden, cell in zeros]
+        self.length = 0
+
+
+def cached_logits(
+    model: Callable[..., Tensor], config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """What `fastgpt.generate` asks for: tokens (B, T) int64 on the CPU to logits (B, V) after the last of them.
+
+    A model of this config, in evaluation mode, is asked, its parameters of this dtype and on this device. The weights
+    must stay as they are between two calls.
+    """
+    kind = CarriedLogits if config.kind == "lstm" else CachedLogits
+    return kind(model, config, dtype=dtype, device=device)
+
+
+class CarriedLogits:
+    """The logits of `cached_logits` from an LSTM: its state is carried on where a text has grown.
+
+    Any other text is read from its beginning, as is each window of one that has outgrown the context.
     """
 
     def __init__(
         self, model: Callable[..., Tensor], config: ModelConfig, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Ask a GPT of this config, in evaluation mode, its parameters of this dtype and on this device."""
+        self._model = model
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._state: LSTMState | None = None
+        self._tokens = torch.empty((0, 0), dtype=torch.int64)  # (B, length of the state)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) int64 on the CPU, T at most the context, to logits (B, V)."""
+        new = tokens[:, -1:]
+        if self._state is None or not torch.equal(self._tokens, tokens[:, :-1]):
+            self._state = LSTMState(self._config, len(tokens), dtype=self._dtype, device=self._device)
+            new = tokens
+        logits = self._model(new.to(self._device), cache=self._state, last_only=True)
+        self._tokens = tokens
+        return logits
+
+
+class CachedLogits:
+    """The logits of `cached_logits` from a GPT, for texts that grow by a token a call.
+
+    Where all tokens but the last are those of an earlier call, or the first of them, the cache has the rest. A text as
+    long as the context slides: its tokens change their positions, and each call computes the window anew.
+    """
+
+    def __init__(
+        self, model: Callable[..., Tensor], config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._model = model
         self._config = config
         self._dtype = dtype

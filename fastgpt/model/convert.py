@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
-from fastgpt.model.gpt import GPT
+from fastgpt.model.language_model import LanguageModel
 from fastgpt.model.layers import EPSILON
 from fastgpt.model.state import model_from_state, split_table
 
@@ -62,7 +62,7 @@ BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|(^|\.)positions?_ids$")  # consta
 LINEAR = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
-def to_hugging_face(model: GPT) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def to_hugging_face(model: LanguageModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, in their own dtype, and the config.json of the same model in transformers.
 
     The tied `lm_head.weight` is left out, as transformers leaves it out of its files. A table of tokens and positions
@@ -73,6 +73,8 @@ def to_hugging_face(model: GPT) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: neither of the two models of transformers computes what this one does.
     """
     config = model.config
+    if config.kind != "transformer":
+        raise UserError(f"model.kind: {config.kind} cannot be written for transformers, which has no such model")
     if config.attention != "dense":
         raise UserError(
             f"model.attention: {config.attention} cannot be written for transformers: its GPT-2 and OpenAI GPT read "
@@ -100,7 +102,7 @@ def to_hugging_face(model: GPT) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def from_hugging_face(
     state: Mapping[str, Tensor], settings: Mapping[str, Any], ops: Ops, *, where: str = "Hugging Face model"
-) -> GPT:
+) -> LanguageModel:
     """A GPT from the tensors and the config.json of a transformers model.
 
     Args:
@@ -142,7 +144,7 @@ def _config(settings: Mapping[str, Any], where: str) -> ModelConfig:
         config = ModelConfig.model_validate(fields | {"norm": NORMS[kind], "dropout": dropouts[0]})
     except ValidationError as problem:
         error = problem.errors()[0]
-        key = str(error["loc"][0]) if error["loc"] else "n_embd"
+        key = str(error["loc"][0]) if error["loc"] else error["ctx"]["key"]
         theirs = SIZES.get(key, DROPOUTS[0])
         raise UserError(f"{where}: {theirs} is {settings.get(theirs)!r}: {error['msg']}") from None
     inner = settings.get("n_inner")

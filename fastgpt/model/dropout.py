@@ -20,6 +20,7 @@ class Site(IntEnum):
     ATTENTION_WEIGHTS = 1
     ATTENTION_OUTPUT = 2
     MLP_OUTPUT = 3
+    LSTM_OUTPUT = 3  # of a layer without an MLP
 
 
 class Masks(NamedTuple):

@@ -1,26 +1,21 @@
 """GPT: token and position embeddings, a stack of blocks, and the token table again as output matrix."""
 
-import torch
 from fastgpt_kernels import Ops
-from fastgpt_kernels.checks import Reduction
 from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model.block import PostNormBlock, PreNormBlock
-from fastgpt.model.cache import KeyValueCache
-from fastgpt.model.dropout import Site, dropout_seeds, masks_of_layers
+from fastgpt.model.cache import Cache, KeyValueCache
+from fastgpt.model.dropout import Site, masks_of_layers
 from fastgpt.model.frozen import frozen
-from fastgpt.model.heads import language_model_loss
+from fastgpt.model.language_model import LanguageModel
 from fastgpt.model.layers import AddLayerNorm, NoNorm, PositionEmbedding, TableEmbedding, TiedEmbedding
 from fastgpt.model.recompute import recomputed
 
 
-class GPT(nn.Module):
+class GPT(LanguageModel):
     """GPT-1 (`norm: post`) or GPT-2 (`norm: pre`, and a final normalisation).
-
-    Construction allocates the parameters with `torch.empty` and does not initialise them: see `fastgpt.model.init`. It
-    works on the meta device, and under a context that shards each module's parameters as soon as they are made.
 
     In training mode with `config.dropout` > 0, dropout acts on the embedding, on the attention weights and on the
     output of each residual branch (Radford et al. 2018, section 4.1). Its masks come from `dropout_seed` alone.
@@ -29,10 +24,7 @@ class GPT(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
-        super().__init__()
-        self.config = config
-        self.ops = ops
-        self.token_embedding: TiedEmbedding | TableEmbedding
+        super().__init__(config, ops)
         if config.embedding == "table":
             self.token_embedding = TableEmbedding(config.vocab_size, config.context, config.n_embd, ops)
         else:
@@ -42,65 +34,13 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(block(config, ops, config.window_of(layer)) for layer in range(config.n_layer))
         self.final_norm = AddLayerNorm(config.n_embd, ops) if config.norm == "pre" else NoNorm()
 
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        targets: Tensor | None = None,
-        reduction: Reduction = "mean",
-        dropout_seed: int | Tensor | None = None,
-        checkpoint_activations: bool = False,
-        cache: KeyValueCache | None = None,
-        last_only: bool = False,
-        loss_gradient: float | Tensor | None = None,
-        frozen_levels: int = 0,
-    ) -> Tensor:
-        """Logits of the token that follows each position, or how well they tell the targets.
-
-        Args:
-            tokens: (B, T) int64, each below `vocab_size`, T at most `context`.
-            targets: (B, T) int64, the tokens that follow, or -100 where none counts; asks for the loss.
-            reduction: of the loss, "mean", "sum" or "none".
-            dropout_seed: required where dropout is active: an int, or the table that `dropout_seeds` makes of one.
-            checkpoint_activations: keep only the stream before each block for the backward pass, which computes the
-                rest again, to the same bits.
-            cache: of the tokens before these, which are added to it. Positions count from its first.
-            last_only: compute the logits of the last position only.
-            loss_gradient: what the caller will multiply the loss by before its backward pass, a number or one float32;
-                not needed, but known in advance it saves a pass over the logits.
-            frozen_levels: of `fastgpt.model.levels`, from the bottom, whose gradients are to be zeros.
-
-        Returns:
-            (B, T, V), or (B, V) with `last_only`, in the dtype of the parameters. With targets the loss in nats, in
-            float32 at least: a scalar, or (B, T) for "none". With `embedding: table` the logits have a column for each
-            position too, (B, T, V + context), which the loss is of; those with `last_only` have not.
-
-        Raises:
-            UserError: T is out of range; dropout is active and has no seed, or a cache; several tokens come after those
-                of a cache.
-        """
-        p, seeds = self._dropout(dropout_seed, tokens.device)
-        x = self.hidden(
-            tokens,
-            dropout_seed=seeds,
-            checkpoint_activations=checkpoint_activations,
-            cache=cache,
-            frozen_levels=frozen_levels,
-        )
-        logits = self.logits(x[:, -1] if last_only else x, p, seeds, frozen_levels)
-        if targets is None:
-            return logits[:, : self.config.vocab_size] if last_only else logits
-        # nobody else has these logits: their memory is free to take their gradient
-        consume = torch.is_grad_enabled()
-        return language_model_loss(self.ops, logits, targets, reduction, consume=consume, loss_gradient=loss_gradient)
-
     def hidden(
         self,
         tokens: Tensor,
         *,
         dropout_seed: int | Tensor | None = None,
         checkpoint_activations: bool = False,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         frozen_levels: int = 0,
         blocks: int | None = None,
     ) -> Tensor:
@@ -111,7 +51,10 @@ class GPT(nn.Module):
         """
         length = tokens.shape[1]
         start = cache.length if cache else 0
-        self._check_length(start, length, cache)
+        self._check_length(length, cache)
+        assert cache is None or isinstance(cache, KeyValueCache), "the cache of another kind of model"
+        if cache is not None:
+            self._check_cache(length, cache)
         p, seeds = self._dropout(dropout_seed, tokens.device)
         if cache is not None and p:
             raise UserError("a cache of keys and values goes with the model in evaluation mode: call eval() first")
@@ -133,12 +76,6 @@ class GPT(nn.Module):
         normed: Tensor = self.final_norm(branch, stream, p, layers[-1].seed_at(Site.MLP_OUTPUT))[0]
         return frozen(normed, when=frozen_levels > self.config.n_layer)
 
-    def logits(self, x: Tensor, p: float, seeds: Tensor | None, frozen_levels: int = 0) -> Tensor:
-        """Hidden states (..., N) -> logits; p and seeds of the masks, which OpenAI's one table has here too."""
-        seed = None if seeds is None else seeds[0, Site.EMBEDDING]
-        found: Tensor = self.token_embedding(x, p=p, seed=seed, frozen_table=frozen_levels > 0)
-        return found
-
     def _embedded(self, tokens: Tensor, start: int, p: float, seed: Tensor | None) -> Tensor:
         if isinstance(self.token_embedding, TableEmbedding):
             embedded: Tensor = self.token_embedding(tokens, start=start, p=p, seed=seed)
@@ -146,30 +83,9 @@ class GPT(nn.Module):
             embedded = self.position_embedding(tokens, table=self.token_embedding, start=start, p=p, seed=seed)
         return embedded
 
-    def _check_length(self, start: int, length: int, cache: KeyValueCache | None) -> None:
-        if length < 1 or start + length > self.config.context:
-            after = f" after {start}" if start else ""
-            raise UserError(
-                f"{length} tokens{after} do not fit the model: model.context allows 1 to {self.config.context}"
-            )
-        if cache is None:
-            return
+    def _check_cache(self, length: int, cache: KeyValueCache) -> None:
+        start = cache.length
         if start + length > cache.capacity:
             raise UserError(f"{length} tokens do not fit the cache: it holds {start} of at most {cache.capacity}")
         if start and length > 1:
             raise UserError(f"{length} tokens at once after the {start} of the cache: give them one at a time")
-
-    def _dropout(self, seed: int | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
-        """The dropout probability of this pass, and the seeds of its masks on the device, in one copy."""
-        if not self.training or self.config.dropout == 0.0:
-            return 0.0, None
-        if seed is None:
-            raise UserError(
-                f"model.dropout is {self.config.dropout} and the model is in training mode, but dropout_seed is None: "
-                "give a seed, or call eval() first"
-            )
-        seeds = seed if isinstance(seed, Tensor) else dropout_seeds(seed, self.config.n_layer)
-        if device.type == "cuda" and seeds.device.type == "cpu":
-            # from pinned memory, or the host would wait for the device
-            seeds = seeds.pin_memory().to(device, non_blocking=True)
-        return self.config.dropout, seeds.to(device)

@@ -8,14 +8,17 @@ from torch import Tensor
 
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
-from fastgpt.model.gpt import GPT
+from fastgpt.model.build import new_model
+from fastgpt.model.language_model import LanguageModel
 
 TOKENS = "token_embedding.weight"
 POSITIONS = "position_embedding.weight"
 
 
-def model_from_state(config: ModelConfig, ops: Ops, state: Mapping[str, Tensor], *, where: str = "state") -> GPT:
-    """A GPT whose parameters are the tensors of `state`, without a copy and in their own dtype.
+def model_from_state(
+    config: ModelConfig, ops: Ops, state: Mapping[str, Tensor], *, where: str = "state"
+) -> LanguageModel:
+    """A model whose parameters are the tensors of `state`, without a copy and in their own dtype.
 
     Args:
         config: the model's shape.
@@ -27,7 +30,7 @@ def model_from_state(config: ModelConfig, ops: Ops, state: Mapping[str, Tensor],
         UserError: a tensor is missing, not the model's, or of a wrong shape or dtype.
     """
     with torch.device("meta"):
-        model = GPT(config, ops)
+        model = new_model(config, ops)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if missing := [name for name in shapes if name not in state]:
         raise UserError(f"{where}: {missing[0]} is missing ({len(missing)} of {len(shapes)} tensors are)")

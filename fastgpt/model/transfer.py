@@ -21,11 +21,11 @@ def transferred_values(
     Args:
         source: the other model's parameters, by name. An output layer of a task among them is left out.
         config: of the model that is to start; as the other's, but for the dropout, more rows in the table of tokens
-            (new tokens), whose values are those of a model that begins to train, N(0, 0.02), and more blocks.
+            (new tokens), whose values are those of a model that begins to train, a GPT's N(0, 0.02), and more blocks.
         seed: of what is new.
         blocks: how many blocks are taken over, from the bottom, with the embeddings below them: GPT-1's n_transfer.
-            0 takes over the embeddings alone, -1 nothing, None everything. The last normalisation goes with the last
-            block of the other model.
+            0 takes over the embeddings alone, -1 nothing, None everything. The last normalisation, or the projection
+            of an LSTM, goes with the last block of the other model.
 
     Raises:
         UserError: the other model has fewer blocks than are to be taken over.

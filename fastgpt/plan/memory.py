@@ -105,7 +105,7 @@ def moments(config: Config, layout: Layout) -> dict[str, Memory]:
 
 def kept_by_block(model: ModelConfig, rows: int, e: int) -> dict[str, int]:
     """What one block keeps for its backward, its input included, in the order of its forward."""
-    n, h = model.n_embd, model.n_head
+    n, h = model.n_embd, model.heads
     statistics = rows * 2 * FP32
     attention = {
         "qkv": rows * 3 * n * e,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fastgpt.config import Config
+from fastgpt.config import Config, only_transformers
 from fastgpt.errors import UserError
 from fastgpt.plan.hardware import Gpu, find_gpu
 from fastgpt.plan.layout import Layout, Offload, as_configured, precision_of, sequences_of
@@ -112,9 +112,11 @@ def make_plan(config: Config, request: Request) -> Plan:
     a disk only where nothing fits with the host's memory.
 
     Raises:
-        UserError: a number out of its range, an unknown GPU, or several for `engine.kind: single`.
+        UserError: a number out of its range, an unknown GPU, several for `engine.kind: single`, or another model than a
+            transformer.
     """
     _check(request)
+    only_transformers(config.model, "fastgpt plan")
     if config.engine.kind == "single" and request.gpus > 1:
         raise UserError(f"engine.kind: single runs on one GPU, not {request.gpus}; use engine.kind=auto, or --gpus 1")
     gpu = find_gpu(request.gpu)

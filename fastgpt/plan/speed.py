@@ -178,7 +178,7 @@ def visible_pairs(model: ModelConfig, layer: int) -> int:
 
 def attention_rate(model: ModelConfig, pairs: int, gpu: Gpu, layout: Layout) -> float:
     """FLOP/s of FlashAttention-2's forward: its rate at head size 64 and T = 1,024, for other heads and lengths."""
-    size = model.n_embd // model.n_head
+    size = model.n_embd // model.heads
     heads = size / 64 if size < 64 else 1 + (WIDE_HEAD - 1) * min(1.0, (size - 64) / 64)
     length = 2 * pairs / model.context  # as long a causal sequence has as many pairs a query
     lengths = length / (length + DIAGONAL) * (1024 + DIAGONAL) / 1024

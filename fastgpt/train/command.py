@@ -20,7 +20,7 @@ from fastgpt.errors import SharedError
 from fastgpt.launch import engine_kind
 from fastgpt.launchers import find_launch
 from fastgpt.load import save_model
-from fastgpt.model.gpt import GPT
+from fastgpt.model.build import new_model
 from fastgpt.model.seeds import fold
 from fastgpt.ramp import batch_tokens, micro_batches
 from fastgpt.sizes import flops_per_token, parameter_count
@@ -202,7 +202,7 @@ class _Run:
         ops = ops_for(config.kernels.backend, self.device)
         values = None if resumed else started_with(config)
         engine = prepare(
-            lambda: GPT(config.model, ops),
+            lambda: new_model(config.model, ops),
             config,
             kind=self.kind,
             precision=config.engine.precision,

@@ -13,8 +13,9 @@ from fastgpt.engine.backend import ops_for
 from fastgpt.engine.precision import resolve_device
 from fastgpt.errors import UserError, did_you_mean
 from fastgpt.finetune_config import FinetuneConfig
-from fastgpt.model.gpt import GPT
+from fastgpt.model.build import new_model
 from fastgpt.model.init import initialise
+from fastgpt.model.language_model import LanguageModel
 from fastgpt.model.task import Pooling, pool
 from fastgpt.model.transfer import transferred_values
 from fastgpt.tasks import Encoded, Task
@@ -45,7 +46,8 @@ def features_command(
         out: a file, `NAME.npy`: float32 (examples, F), or (examples, K, F) where an example is K sequences.
             `NAME.labels.npy` beside it has their classes or choices, int64, or scores, float32.
         split: "train", "validation" or "test".
-        layer: activations after so many blocks, 0 the embedding; None is after the last, normalised.
+        layer: activations after so many blocks, 0 the embedding; None is after the last, normalised
+            or projected.
         pooling: "extract" (the last token, F = N), "mean" (over the sequence) or "concat" (both and the maximum, 3 N).
         batch_size: examples of one pass.
         device: where the model runs.
@@ -73,7 +75,7 @@ def features_command(
     chosen: list[Encoded] | None = getattr(examples, split)
     if chosen is None:
         raise UserError("--split: test, but the settings name no task.test")
-    model = GPT(shape, ops).to(next(iter(pretrained.weights.values())).dtype).to(place).eval()
+    model = new_model(shape, ops).to(next(iter(pretrained.weights.values())).dtype).to(place).eval()
     initialise(model, transferred_values(pretrained.weights, shape, config.train.seed))
     found = features_of(model, chosen, tuned.task, layer, pooling, batch_size)  # type: ignore[arg-type]
     np.save(target, found, allow_pickle=False)
@@ -88,7 +90,7 @@ def features_command(
 
 @torch.no_grad()
 def features_of(
-    model: GPT, encoded: list[Encoded], task: Task, layer: int | None, pooling: Pooling, batch_size: int
+    model: LanguageModel, encoded: list[Encoded], task: Task, layer: int | None, pooling: Pooling, batch_size: int
 ) -> Floats:
     """The features of examples, (n, F), or (n, K, F) where an example is K sequences; see `features_command`."""
     order = np.argsort([max(map(len, item.sequences)) for item in encoded], kind="stable")

@@ -22,7 +22,7 @@ from fastgpt.finetune_config import FinetuneConfig, engine_config
 from fastgpt.launch import kind_of
 from fastgpt.launchers import find_launch
 from fastgpt.model.seeds import fold
-from fastgpt.model.task import TaskModel
+from fastgpt.model.task import new_task_model
 from fastgpt.model.transfer import transferred_values
 from fastgpt.sizes import flops_per_token, parameter_count
 from fastgpt.task_folder import FineTuned, load_task_model, save_task_model
@@ -250,7 +250,7 @@ class _Run:
                 self.pretrained.weights, self.model, config.train.seed, blocks=config.task.transfer_blocks
             )
         engine = prepare(
-            lambda: TaskModel(self.model, ops, self.tuned.shape),
+            lambda: new_task_model(self.model, ops, self.tuned.shape),
             self.engine_config,
             kind=self.kind,
             precision=config.engine.precision,

@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 RESOLVED = {"engine.precision": "auto", "kernels.backend": "auto", "engine.threads": None}
 # A run with another value of these is another run: its weights or its data order would not fit.
 _FIXED = (
+    "model.kind",
     "model.n_layer",
     "model.n_head",
+    "model.n_units",
     "model.n_embd",
     "model.context",
     "model.vocab_size",

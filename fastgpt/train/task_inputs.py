@@ -113,6 +113,7 @@ def shape_of(task: Task, config: FinetuneConfig) -> TaskShape:
         pooling=config.task.pooling,
         lm_weight=config.task.lm_weight,
         dropout=config.task.dropout,
+        head_units=config.task.head_units,
     )
 
 

@@ -27,7 +27,7 @@ from fastgpt.engine.deepspeed_settings import deepspeed_settings
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.launchers import ALONE, find_launch
-from fastgpt.model.gpt import GPT
+from fastgpt.model.build import new_model
 from fastgpt.ramp import micro_batches
 
 LOSS = importlib.import_module("fastgpt_kernels.torch_ops.cross_entropy")
@@ -87,7 +87,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     compiler = mock.patch("fastgpt.engine.compiled.BACKEND", scenario.get("compiler", "inductor"))
     with mock.patch("fastgpt.engine.zero.deepspeed_settings", chosen), compiler:
         engine = prepare(
-            lambda: GPT(config.model, load_ops("torch")),
+            lambda: new_model(config.model, load_ops("torch")),
             config,
             kind=scenario["kind"],
             precision=scenario["precision"],
@@ -100,7 +100,7 @@ def run(scenario: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     changed = None
     if scenario.get("copy"):
         put(engine, Path(scenario["copy"]), ranks)
-        shapes = {name: tuple(p.shape) for name, p in GPT(config.model, load_ops("torch")).named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in new_model(config.model, load_ops("torch")).named_parameters()}
         changed = differing(*(state_in(Path(scenario[key]), shapes) for key in ("read", "copy")))
     first = evaluation_loss(engine, probe, probe)
     start = fingerprints(engine)

@@ -10,12 +10,13 @@ import torch
 from fastgpt_kernels import load_ops
 from torch import Tensor
 
-from fastgpt.config import Config
+from fastgpt.config import Config, ModelConfig
 from fastgpt.data.source import Batch
 from fastgpt.engine.base import evaluation_loss
 from fastgpt.engine.cuda_graph import WARM_UP, Recorder
 from fastgpt.engine.phases import unobserved
 from fastgpt.engine.single import SingleProcess
+from fastgpt.model.build import new_model
 from fastgpt.model.gpt import GPT
 
 T = TypeVar("T")
@@ -179,21 +180,27 @@ def test_who_observes_phases_sees_them_without_a_graph() -> None:
     assert recorder.replays == 2
 
 
-def test_without_the_setting_nothing_is_recorded_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_setting_and_for_an_lstm_nothing_is_recorded_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     made: list[str] = []
     monkeypatch.setattr("fastgpt.engine.single.CudaGraphs", lambda: made.append("graphs") or RecordsOnACpu())
 
     class Cuda:
         type = "cuda"
 
-    def build(*, cuda_graph: bool) -> None:
+    def build(*, cuda_graph: bool, **shape: Any) -> None:
         config = config_for(1)
-        config = config.model_copy(update={"engine": config.engine.model_copy(update={"cuda_graph": cuda_graph})})
+        model = ModelConfig.model_validate(config.model.model_dump() | shape)
+        engine = config.engine.model_copy(update={"cuda_graph": cuda_graph})
+        config = config.model_copy(update={"engine": engine, "model": model})
         monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
-        SingleProcess(lambda: GPT(config.model, load_ops("torch")), config, "fp32", Cuda())  # type: ignore[arg-type]
+        SingleProcess(lambda: new_model(config.model, load_ops("torch")), config, "fp32", Cuda())  # type: ignore[arg-type]
 
     build(cuda_graph=False)
-    assert not made
+    with caplog.at_level("INFO", logger="fastgpt"):
+        build(cuda_graph=True, kind="lstm", n_head=None, n_units=8)
+    assert not made and "no CUDA graph over the micro-step: cuDNN's LSTM" in caplog.text
     build(cuda_graph=True)
     assert made == ["graphs"]
 

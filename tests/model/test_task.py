@@ -13,8 +13,10 @@ from torch import Tensor
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
+from fastgpt.model.build import new_model
 from fastgpt.model.convert import to_hugging_face
-from fastgpt.model.task import TaskModel, TaskShape, pool, shared_mask
+from fastgpt.model.init import initial_value
+from fastgpt.model.task import TaskModel, TaskShape, new_task_model, pool, shared_mask
 
 # two examples of two sequences; the tokens that follow, -100 after the last real one
 TOKENS = torch.tensor([[[5, 1, 2, 6, 0], [5, 3, 6, 0, 0]], [[5, 1, 6, 0, 0], [5, 2, 4, 1, 6]]])
@@ -32,6 +34,14 @@ SHAPES = {
     "choice": (TaskShape(1, choice=True), 2, torch.tensor([1, 0])),
     "score": (TaskShape(1, regression=True), 2, torch.tensor([0.25, 0.75])),
     "concat": (TaskShape(3, pooling="concat"), 1, torch.tensor([2, 0])),
+    "hidden layer": (TaskShape(2, head_units=5), 2, torch.tensor([1, 0])),
+    "choice through a hidden layer": (TaskShape(1, choice=True, head_units=5), 2, torch.tensor([1, 0])),
+}
+
+FORMS: dict[str, dict[str, Any]] = {
+    "pre": {"norm": "pre"},
+    "post": {"norm": "post"},
+    "lstm": {"kind": "lstm", "n_head": None, "n_units": 17},
 }
 
 
@@ -47,12 +57,12 @@ def case(request: pytest.FixtureRequest) -> tuple[TaskShape, dict[str, Tensor]]:
     return shape, arguments
 
 
-@pytest.fixture
+@pytest.fixture(params=FORMS)
 def task_model(
-    config_of: Callable[..., ModelConfig], norm: str, scramble: Callable[[GPT], GPT]
+    config_of: Callable[..., ModelConfig], request: pytest.FixtureRequest, scramble: Callable[[GPT], GPT]
 ) -> Callable[..., TaskModel]:
     def make(shape: TaskShape, **changes: Any) -> TaskModel:
-        model = TaskModel(config_of(norm=norm, **changes), load_ops("torch"), shape)
+        model = new_task_model(config_of(**FORMS[request.param], **changes), load_ops("torch"), shape)
         scramble(model)
         return model
 
@@ -74,7 +84,11 @@ def written_out(model: TaskModel, arguments: dict[str, Tensor]) -> Tensor:
             logits = hidden[:-1] @ model.token_embedding.weight.T
             lm_losses.append(F.cross_entropy(logits, following[: length - 1]))
         outputs = torch.stack(read) if shape.choice else torch.stack(read).sum(0)
-        scores = (outputs @ model.task_head.weight.T + model.task_head.bias).flatten()
+        last = model.task_head
+        if shape.head_units:
+            hidden = last.hidden
+            outputs, last = (outputs @ hidden.weight.T + hidden.bias).clamp(min=0), last.output
+        scores = (outputs @ last.weight.T + last.bias).flatten()
         losses.append((scores[0] - label) ** 2 if shape.regression else F.cross_entropy(scores, label))
     return torch.stack(losses).mean() + shape.lm_weight * torch.stack(lm_losses).mean()
 
@@ -148,9 +162,51 @@ def test_dropout_at_the_output_layer_acts_in_training_alone_and_asks_for_a_seed(
     assert torch.equal(model.eval()(**arguments), model(**arguments, dropout_seed=1))
 
 
-def test_without_examples_it_is_a_gpt(task_model: Callable[..., TaskModel]) -> None:
+@pytest.mark.parametrize("choice", [False, True])
+def test_a_hidden_layer_has_a_mask_at_each_of_its_two_maps_that_the_sequences_of_an_example_share(
+    task_model: Callable[..., TaskModel], choice: bool
+) -> None:
+    model = task_model(TaskShape(1 if choice else 2, choice=choice, head_units=400, dropout=0.5)).train()
+    read: list[Tensor] = []
+    for layer in (model.task_head.hidden, model.task_head.output):
+        layer.register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0].detach()))
+    torch.nn.init.constant_(model.task_head.hidden.weight, 0.0)
+    torch.nn.init.constant_(model.task_head.hidden.bias, 1.0)
+    model(TOKENS, extract=EXTRACT, dropout_seed=1)
+    activations, units = read
+    assert units.unique().tolist() == [0, 2]  # of ones: dropped, or 1 / (1 - p)
+    assert (units == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert not torch.equal(units[0], units[1])
+    if choice:
+        for x in (activations, units):
+            assert torch.equal(x[:, 0] == 0, x[:, 1] == 0)
+    model.eval()
+    read.clear()
+    model(TOKENS, extract=EXTRACT)
+    assert read[1].unique().tolist() == [1]
+
+
+def test_a_linear_output_layer_has_the_names_that_it_had() -> None:
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=4, context=5, vocab_size=6)
+    heads = {}
+    for units in (None, 3):
+        names = dict(new_task_model(config, load_ops("torch"), TaskShape(2, head_units=units)).named_parameters())
+        heads[units] = {name: tuple(p.shape) for name, p in names.items() if name.startswith("task_head")}
+    assert heads[None] == {"task_head.weight": (2, 4), "task_head.bias": (2,)}
+    assert heads[3] == {
+        "task_head.hidden.weight": (3, 4),
+        "task_head.hidden.bias": (3,),
+        "task_head.output.weight": (2, 3),
+        "task_head.output.bias": (2,),
+    }
+    values = {name: initial_value(name, shape, config, 1) for name, shape in heads[3].items()}
+    assert 0.1 < values["task_head.hidden.weight"].abs().max() <= 4**-0.5
+    assert not values["task_head.output.bias"].any()
+
+
+def test_without_examples_it_is_a_language_model(task_model: Callable[..., TaskModel]) -> None:
     model = task_model(TaskShape(2)).eval()
-    gpt = GPT(model.config, model.ops)
+    gpt = new_model(model.config, model.ops)
     gpt.load_state_dict({name: p for name, p in model.state_dict().items() if not name.startswith("task_head")})
     tokens = TOKENS[:, 0]
     assert torch.equal(model(tokens), gpt.eval()(tokens))
@@ -175,7 +231,7 @@ def test_the_largest_and_the_mean_are_those_of_the_real_tokens() -> None:
 def test_logits_are_those_of_transformers_with_two_heads(config_of: Callable[..., ModelConfig]) -> None:
     transformers = pytest.importorskip("transformers")
     config = config_of(norm="post", n_embd=24, vocab_size=37)
-    model = TaskModel(config, load_ops("torch"), TaskShape(1, choice=True)).eval()
+    model = new_task_model(config, load_ops("torch"), TaskShape(1, choice=True)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

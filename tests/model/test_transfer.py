@@ -9,14 +9,14 @@ from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.model.init import initial_value
 from fastgpt.model.levels import levels, number_of_levels
-from fastgpt.model.task import TaskModel, TaskShape
+from fastgpt.model.task import TaskShape, new_task_model
 from fastgpt.model.transfer import transferred_values
 
 SEED = 5
 
 
 def test_levels_go_from_the_embeddings_to_the_output_layer(config_of: Callable[..., ModelConfig]) -> None:
-    heights = levels(dict(TaskModel(config_of(norm="pre"), load_ops("torch"), TaskShape(2)).named_parameters()))
+    heights = levels(dict(new_task_model(config_of(norm="pre"), load_ops("torch"), TaskShape(2)).named_parameters()))
     found = {name: heights[name] for name in heights if name.endswith("weight")}
     assert {height: next(n for n in found if found[n] == height) for height in range(4)} == {
         0: "token_embedding.weight",
@@ -75,7 +75,7 @@ def test_new_tokens_come_before_the_positions_of_a_single_table(config_of: Calla
 def test_frozen_levels_have_zeros_for_gradients_and_the_others_their_own(
     frozen: int, checkpointed: bool, config_of: Callable[..., ModelConfig], scramble: Callable[[GPT], GPT], norm: str
 ) -> None:
-    model = TaskModel(config_of(norm=norm), load_ops("torch"), TaskShape(2))
+    model = new_task_model(config_of(norm=norm), load_ops("torch"), TaskShape(2))
     scramble(model)
     tokens = torch.tensor([[[5, 1, 2, 6]], [[5, 3, 3, 6]]])
     arguments = {"tokens": tokens, "targets": tokens, "extract": torch.tensor([[3], [3]])}

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import fastgpt
 from fastgpt.cli import main
 from fastgpt.finetune_config import SPECIAL_TOKENS
-from fastgpt.task_folder import OUTPUT_LAYER
+from fastgpt.model import GPT
+from fastgpt.task_folder import OUTPUT_LAYER, load_task_model
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -184,6 +185,16 @@ engine: {{threads: 1, precision: fp32}}
     assert model.config.vocab_size == 400 + SPECIAL_TOKENS
     assert main(["predict", str(tmp_path / "run"), str(scored), "--out", str(tmp_path / "p.jsonl")]) == 0
     assert all(set(json.loads(row)) == {"place", "prediction"} for row in (tmp_path / "p.jsonl").open())
+
+
+def test_a_task_of_before_there_were_hidden_layers_is_read(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(run / "best", folder)
+    settings = json.loads((folder / "task.json").read_text())
+    assert settings["output_layer"].pop("head_units") is None
+    (folder / "task.json").write_text(json.dumps(settings))
+    model, _, tuned = load_task_model(folder)
+    assert tuned.shape.head_units is None and isinstance(model, GPT)
 
 
 def test_gradual_unfreezing_trains_the_output_layer_first_and_lower_levels_more_slowly(
