@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from fastgpt.errors import UserError, did_you_mean
 
-COMMANDS = ("train", "finetune", "predict", "features", "evaluate", "prepare", "generate", "plan", "bench")
+COMMANDS = ("train", "finetune", "predict", "features", "evaluate", "ablate", "prepare", "generate", "plan", "bench")
 BENCHMARKS = ("step", "profile", "scale", "data", "start", "curves")
 
 EPILOG = """\
@@ -20,6 +20,7 @@ examples:
   fastgpt generate runs/quickstart --prompt 'def main'
   fastgpt finetune runs/mine configs/finetune/sst2.yaml task.train=train.tsv task.validation=dev.tsv
   fastgpt predict runs/sst2 new.tsv --out predictions.jsonl
+  fastgpt ablate configs/studies/transfer.yaml out=runs/study jobs=2
   fastgpt evaluate runs/mine --heuristic sst2=dev.tsv --heuristic winograd=wsc273.txt
   fastgpt plan configs/gpt2-1558m.yaml --gpus 8 --gpu h100
 """
@@ -66,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     features.add_argument("--pooling", default="extract", help="extract, mean or concat (default: %(default)s)")
     features.add_argument("--batch-size", type=int, default=32, help="examples of one pass (default: %(default)s)")
     _add_placing(features)
+
+    ablate = commands.add_parser("ablate", help="compare many fine-tunings, in tables and figures")
+    _add_settings(ablate)
 
     predict = commands.add_parser("predict", help="let a fine-tuned model do its task on new examples")
     predict.add_argument("run", help="a run of `fastgpt finetune`, or a checkpoint of it")

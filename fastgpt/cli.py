@@ -62,6 +62,7 @@ def _run(words: list[str]) -> int:
         "predict": _predict,
         "features": _features,
         "evaluate": _evaluate,
+        "ablate": _ablate,
         "prepare": _prepare,
         "generate": _generate,
         "plan": _plan,
@@ -137,6 +138,22 @@ def _features(options: argparse.Namespace) -> int:
     )
     print(f"features: {features}" + (f"; labels: {labels}" if labels else ""))
     return 0
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    from fastgpt.ablate.command import ablate
+    from fastgpt.ablate.jobs import Stopped
+    from fastgpt.ablate_config import AblateConfig
+    from fastgpt.settings import read_settings
+
+    try:
+        failures = ablate(*read_settings(AblateConfig, options.config, options.overrides))
+    except Stopped as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        return stop.exit_code
+    for failure in failures:
+        print(f"fastgpt: error: {failure.job.label}: {failure.reason} (log: {failure.job.log})", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -10,6 +10,8 @@ from fastgpt.errors import did_you_mean
 
 Key = tuple[str, ...]
 
+OPEN = "a group of keys and values"
+
 
 class Schema:
     """The settings of one kind of run."""
@@ -20,6 +22,10 @@ class Schema:
     def known(self) -> list[str]:
         """Every setting, in dotted form, in the order of the documentation."""
         return list(_leaves(self.root, ()))
+
+    def open_groups(self) -> list[str]:
+        """The settings that are groups of keys which are not listed here, in dotted form."""
+        return [name for name in self.known() if self.expected(tuple(name.split("."))).startswith(OPEN)]
 
     def field(self, key: Key) -> Any:
         """The pydantic field at `key`, or None."""
@@ -41,7 +47,11 @@ class Schema:
     def expected(self, key: Key) -> str:
         """What the setting at `key` must be, in words."""
         field = self.field(key)
-        return describe(field.annotation, field.metadata) if field else "a setting"
+        if field:
+            return describe(field.annotation, field.metadata)
+        group = self.field(key[:-1])  # of keys that the user names
+        values = get_args(group.annotation)[1:] if group and get_origin(group.annotation) is dict else ()
+        return "a setting" if values in ((), (Any,)) else describe(values[0], ())
 
     def nearest(self, name: str) -> str:
         """A question after the setting that is meant by one that is not there; empty where none comes near."""
@@ -79,17 +89,18 @@ def describe(kind: Any, limits: Sequence[Any]) -> str:
     if get_origin(kind) in (Union, UnionType):
         members = [describe(a, limits) for a in arguments if a is not type(None)]
         return " or ".join([*dict.fromkeys(members), *(["null"] if type(None) in arguments else [])])
+    not_empty = ", not empty" if any(getattr(m, "min_length", None) for m in limits) else ""
     if get_origin(kind) is dict:
-        return "a group of keys and values"
+        return OPEN + not_empty
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return "a group of settings: " + ", ".join(kind.model_fields)
     pattern = next((p for m in limits if (p := getattr(m, "pattern", None))), None)
     if pattern:
         return "one of auto, cpu, cuda, cuda:N"
     if get_origin(kind) is list:
-        return "a list"
-    if kind is str and any(getattr(m, "min_length", None) for m in limits):
-        return "text, not empty"
+        return "a list" + not_empty
+    if kind is str and not_empty:
+        return "text" + not_empty
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
     for attribute, phrase in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         values = [v for m in limits if (v := getattr(m, attribute, None)) is not None]

@@ -27,10 +27,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-# sections whose keys are those of another program, and not listed here
-_OPEN = ("engine.deepspeed",)
-
-
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The settings of a training run, from a YAML file and words `key.sub=value`: see `read_settings`."""
     return read_settings(Config, path, overrides)[0]
@@ -53,10 +49,20 @@ def read_settings(kind: type[C], path: str | Path, overrides: Iterable[str] = ()
     for word in overrides:
         _override(tree, lines, word, schema)
     places = Places(str(path), lines)
+    return validated(kind, tree, places), places
+
+
+def validated(kind: type[C], tree: dict[str, Any], places: Places) -> C:
+    """The settings of a kind of run from a tree whose keys were written at `places`.
+
+    Raises:
+        UserError: as for `read_settings`.
+    """
     try:
-        return kind.model_validate(tree), places
+        return kind.model_validate(tree)
     except ValidationError as problem:
-        found = dict.fromkeys(line_of(error, places, str(path), schema) for error in problem.errors())
+        schema = Schema(kind)
+        found = dict.fromkeys(line_of(error, places, schema) for error in problem.errors())
         raise UserError("\n".join(found)) from None
 
 
@@ -126,9 +132,9 @@ def _override(tree: dict[str, Any], places: dict[Key, str], word: str, schema: S
     if not equals:
         near = did_you_mean(word, schema.known())
         raise UserError(f"command line: '{word}' is not a setting of the form key.sub=value.{near}")
-    if dotted not in schema.known() and not dotted.startswith(tuple(f"{section}." for section in _OPEN)):
+    if dotted not in schema.known() and not dotted.startswith(tuple(f"{group}." for group in schema.open_groups())):
         raise UserError(f"command line: {dotted} is not a setting.{did_you_mean(dotted, schema.known())}")
-    *sections, name = key = tuple(dotted.split("."))
+    *sections, name = key = _key(dotted, tree)
     value = _value(key, text, schema)
     for section in sections:
         inner = tree.get(section)
@@ -140,6 +146,14 @@ def _override(tree: dict[str, Any], places: dict[Key, str], word: str, schema: S
         tree = inner
     tree[name] = value
     places[key] = "command line"
+
+
+def _key(dotted: str, tree: Any) -> Key:
+    """The parts of a dotted name; what is in the file under a name that has dots itself is one of them."""
+    known = tree if isinstance(tree, dict) else {}
+    names = [name for name in known if isinstance(name, str) and f"{dotted}.".startswith(f"{name}.")]
+    part = max(names, key=len, default=dotted.partition(".")[0])
+    return (part,) if part == dotted else (part, *_key(dotted[len(part) + 1 :], known.get(part)))
 
 
 def _value(key: Key, text: str, schema: Schema) -> Any:

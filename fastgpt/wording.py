@@ -14,20 +14,24 @@ class Places:
 
     def __init__(self, path: str = "", lines: Mapping[Key, str] | None = None) -> None:
         """Name the file, and "file:line" or "command line" of every key."""
-        self._path = path
+        self.path = path
         self._lines = lines or {}
 
     def of(self, key: Key) -> str:
         """The place of a key; else of the first one in it, of the nearest section around it, or the file."""
         within = (known for known in self._lines if known[: len(key)] == key)
         around = (key[:length] for length in range(len(key) - 1, 0, -1))
-        return next((self._lines[known] for known in (key, *within, *around) if known in self._lines), self._path)
+        return next((self._lines[known] for known in (key, *within, *around) if known in self._lines), self.path)
+
+    def under(self, section: Key) -> dict[Key, str]:
+        """The places of what is in a section, by the keys within it; () where the section itself stands."""
+        return {key[len(section) :]: place for key, place in self._lines.items() if key[: len(section)] == section}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._lines
 
 
-def line_of(error: ErrorDetails, places: Places, path: str, schema: Schema) -> str:
+def line_of(error: ErrorDetails, places: Places, schema: Schema) -> str:
     """One pydantic error in the user's words."""
     key: Key = tuple(str(part) for part in error["loc"])
     context = error.get("ctx", {})
@@ -44,7 +48,7 @@ def line_of(error: ErrorDetails, places: Places, path: str, schema: Schema) -> s
         case "extra_forbidden":
             return f"{where}: {_unknown(key, schema)}"
         case "missing":
-            return f"{path}: {name} is missing; it must be {schema.expected(key)}"
+            return f"{places.path}: {name} is missing; it must be {schema.expected(key)}"
         case "broken_setting":
             return f"{where}: {name} {context['message']}"
         case _:
