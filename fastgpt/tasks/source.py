@@ -27,8 +27,9 @@ class ExampleBatch:
 class ExampleSource:
     """Examples in shuffled order, epoch after epoch; those at the end of an epoch that fill no batch are left out.
 
-    Update k takes the examples that follow those of the updates before it; micro-batch i of the global batch holds the
-    i-th run of them, padded to its longest, and rank r takes those with i % world_size == r.
+    Update k takes the examples that follow those of the updates before it. They are dealt to its micro-batches by their
+    lengths, each padded to its longest, which leaves the least padding; rank r takes micro-batches i with
+    i % world_size == r.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ExampleSource:
             )
         self.updates_per_epoch = len(encoded) // batch_size
         self._encoded = encoded
+        self._longest = np.array([max(map(len, item.sequences)) for item in encoded])
         self._task = task
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
@@ -63,7 +65,9 @@ class ExampleSource:
 
     def batch(self, step: int) -> ExampleBatch:
         """The batch for update `step`, counting from 1."""
-        rows = self.examples(step).reshape(-1, self._micro_batch_size)
+        chosen = self.examples(step)
+        order = np.argsort(self._longest[chosen], kind="stable")
+        rows = chosen[order].reshape(-1, self._micro_batch_size)
         parts = [arguments([self._encoded[i] for i in rows[index]], self._task) for index in self._indices]
         return ExampleBatch(step, parts, self._indices)
 

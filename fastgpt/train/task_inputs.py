@@ -89,19 +89,20 @@ def read_task(config: FinetuneConfig) -> tuple[Pretrained, FineTuned, Examples]:
 
     validation = others(config.task.validation)
     test = others(config.task.test)
-    chosen = encoded(train_examples)
-    shuffled = np.random.default_rng(fold(config.train.seed, SPLIT)).permutation(len(chosen))
+    # chosen before they are encoded: a few of a large file need not wait for all of it
+    shuffled = np.random.default_rng(fold(config.train.seed, SPLIT)).permutation(len(train_examples))
     if validation is None:
-        kept = max(1, round(config.task.validation_fraction * len(chosen)))
-        validation, shuffled = [chosen[i] for i in sorted(shuffled[:kept])], shuffled[kept:]
+        kept = max(1, round(config.task.validation_fraction * len(train_examples)))
+        validation, shuffled = encoded([train_examples[i] for i in sorted(shuffled[:kept])]), shuffled[kept:]
     if config.task.examples is not None:
         if config.task.examples > len(shuffled):
             raise UserError(
                 f"task.examples: {config.task.examples} are asked for, and there are {len(shuffled)} to train on"
             )
         shuffled = shuffled[: config.task.examples]
+    training = encoded([train_examples[i] for i in sorted(shuffled)])
     tuned = FineTuned(task, shape_of(task, config), special, data, config.task.too_long)
-    return pretrained, tuned, Examples(task, [chosen[i] for i in sorted(shuffled)], validation, test)
+    return pretrained, tuned, Examples(task, training, validation, test)
 
 
 def shape_of(task: Task, config: FinetuneConfig) -> TaskShape:

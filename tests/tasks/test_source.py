@@ -48,6 +48,17 @@ def test_the_global_batch_does_not_depend_on_the_ranks() -> None:
                 np.testing.assert_array_equal(part[name], values)
 
 
+def test_examples_of_like_length_share_a_micro_batch() -> None:
+    source = ExampleSource(EXAMPLES, CLASSES, 8, 2, seed=1)
+    for step in (1, 2):
+        parts = source.batch(step).parts
+        lengths = [[int(n) + 1 for n in part["extract"].flatten()] for part in parts]  # type: ignore[index, call-overload]
+        assert sum(lengths, []) == sorted(sum(lengths, []))
+        assert [part["tokens"].shape[-1] for part in parts] == [max(found) for found in lengths]  # type: ignore[index, call-overload]
+        dealt = [int(n) for part in parts for n in part["tokens"][:, 0, 1]]  # type: ignore[index, call-overload]
+        assert sorted(dealt) == sorted(source.examples(step))
+
+
 def test_tokens_are_counted_without_padding() -> None:
     source = ExampleSource(EXAMPLES, CLASSES, 4, 4, seed=1)
     counts = source.tokens(3)
