@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_examples_of_like_length_share_a_micro_batch() -> None:
     for step in (1, 2):
         parts = source.batch(step).parts
         lengths = [[int(n) + 1 for n in part["extract"].flatten()] for part in parts]  # type: ignore[index, call-overload]
-        assert sum(lengths, []) == sorted(sum(lengths, []))
+        assert list(chain(*lengths)) == sorted(chain(*lengths))
         assert [part["tokens"].shape[-1] for part in parts] == [max(found) for found in lengths]  # type: ignore[index, call-overload]
         dealt = [int(n) for part in parts for n in part["tokens"][:, 0, 1]]  # type: ignore[index, call-overload]
         assert sorted(dealt) == sorted(source.examples(step))
