@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgpt.ablate.names import as_name, digest
+from fastgpt.ablate.names import as_name, content_digest, digest
 from fastgpt.ablate_config import AblateConfig, Tree
 from fastgpt.checkpoint.store import CheckpointStore
 from fastgpt.config import Config
 from fastgpt.errors import UserError
-from fastgpt.files import sha256
 from fastgpt.load import load_model, model_folder
 from fastgpt.settings import load_config, validated
 from fastgpt.wording import Places
@@ -22,7 +21,7 @@ class StudyModel(NamedTuple):
     name: str
     folder: Path  # a run, or what the user named
     blocks: int
-    fingerprint: str  # of its weights, or of the settings that make them
+    fingerprint: str  # of its files, or of the settings that make them
     training: Config | None = None  # where the study trains it
 
     @property
@@ -68,8 +67,7 @@ def _there(config: AblateConfig, name: str, path: str, where: str) -> StudyModel
         )
     if tokenizer is None:
         raise UserError(f"{where}: {path}: it has no tokenizer, without which no text becomes tokens")
-    weights = sorted(folder.glob("*.safetensors"))
-    return StudyModel(name, folder, model.config.n_layer, digest([sha256(file) for file in weights]))
+    return StudyModel(name, folder, model.config.n_layer, content_digest(str(folder)))
 
 
 def _to_train(config: AblateConfig, name: str, training: Config, where: str) -> StudyModel:

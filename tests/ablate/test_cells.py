@@ -283,6 +283,12 @@ def test_a_model_that_is_there_is_pinned_and_must_have_a_tokenizer(tmp_path: Pat
     (found,) = study_models(config, places).values()
     # a training that goes on would have later fine-tunings start from other weights
     assert found.folder == tmp_path / "run/checkpoints/step-00000004/model"
+    written = tmp_path / "hf" / "config.json"
+    shutil.copytree(found.folder, written.parent)
+    named, of_named = read(tmp_path, settings(tmp_path, models={"small": f"{tmp_path}/hf"}))
+    assert study_models(named, of_named)["small"].fingerprint == found.fingerprint
+    written.write_text(written.read_text().replace('"n_head": 2', '"n_head": 4'))  # the same weights are another model
+    assert study_models(named, of_named)["small"].fingerprint != found.fingerprint
     config, places = read(tmp_path, settings(tmp_path, models={"small": f"{tmp_path}/mute"}))
     with pytest.raises(UserError, match=r"study.yaml:3: models.small: .*mute: it has no tokenizer"):
         study_models(config, places)
