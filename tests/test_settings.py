@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt.ablate_config import AblateConfig
 from fastgpt.config import Config, TableConfig
 from fastgpt.errors import UserError
 from fastgpt.finetune_config import FinetuneConfig
@@ -16,7 +17,9 @@ from fastgpt.wording import Places
 
 FOLDER = Path(__file__).parents[1] / "configs"
 TASKS = sorted((FOLDER / "finetune").glob("*.yaml"))
-CONFIGS = [path for path in sorted(FOLDER.glob("**/*.yaml")) if path not in TASKS]
+STUDIES = [path for path in sorted((FOLDER / "studies").glob("*.yaml")) if "\nmodels:" in path.read_text()]
+CONFIGS = [path for path in sorted(FOLDER.glob("**/*.yaml")) if path not in [*TASKS, *STUDIES]]
+CONFIGS_HERE = [path.relative_to(FOLDER.parent) for path in CONFIGS]
 
 GOOD = """\
 out: runs/x
@@ -48,6 +51,12 @@ def good(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_shipped_file_loads(path: Path) -> None:
     load_config(path)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.name)
+def test_every_shipped_study_loads(path: Path) -> None:
+    config, _ = read_settings(AblateConfig, path)
+    assert all(Path(source) in CONFIGS_HERE for source in config.models.values() if isinstance(source, str))
 
 
 def test_an_lstm_has_the_units_of_the_paper_and_reads_back_what_is_written(tmp_path: Path) -> None:
