@@ -66,7 +66,7 @@ def zero_shot_table(curves: Sequence[Curve]) -> str:
         for curve in curves:
             if step in curve.steps:
                 i = curve.steps.index(step)
-                share = "" if math.isnan(curve.normalised[i]) else f" ({curve.normalised[i]:.2f})"
+                share = "" if math.isnan(curve.normalised[i]) else f" ({round(curve.normalised[i], 2) + 0.0:.2f})"
                 cells.append(f"{100 * curve.scores[i]:.1f}{share}")
             else:
                 cells.append("")

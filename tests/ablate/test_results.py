@@ -186,12 +186,12 @@ def test_tasks_that_are_the_same_each_have_their_metric(tmp_path: Path) -> None:
 
 
 def test_curves_of_heuristics_in_numbers_and_as_a_figure(tmp_path: Path) -> None:
-    one = Curve("small", "sst2", "accuracy", [0, 10], [0.5, 0.75], chance=0.5, best=1.0)
+    one = Curve("small", "sst2", "accuracy", [0, 10], [0.499, 0.75], chance=0.5, best=1.0)
     other = Curve("lstm", "sst2", "accuracy", [0], [0.25], chance=0.5, best=1.0)
     assert zero_shot_table([one, other]).splitlines() == [
         "| updates | small: sst2 (accuracy) | lstm: sst2 (accuracy) |",
         "| --- | ---: | ---: |",
-        "| 0 | 50.0 (0.00) | 25.0 (-0.50) |",
+        "| 0 | 49.9 (0.00) | 25.0 (-0.50) |",
         "| 10 | 75.0 (0.50) |  |",
         "| chance, best | 50.0, 100.0 | 50.0, 100.0 |",
     ]
