@@ -55,6 +55,11 @@ class TaskConfig(Section):
     head_units: Annotated[int, Field(ge=1, le=65536)] | None = None
     """ReLU units of a hidden layer between activations and output (ULMFiT); null has a linear output layer (GPT-1)."""
 
+    @property
+    def source(self) -> str | TableConfig:
+        """How the files are read: a data set by its name, or what the columns of a table hold."""
+        return self.table or self.data or ""
+
     @model_validator(mode="after")
     def _data_are_named_once(self) -> "TaskConfig":
         if (self.data is None) == (self.table is None):

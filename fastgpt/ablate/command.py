@@ -76,7 +76,7 @@ def _train(config: AblateConfig, models: dict[str, StudyModel], study: Study, lo
                 f"model {model.name}",
                 ("train", str(settings)),
                 beside / f"{model.folder.name}.log",
-                partial("{}".format, f"in {model.folder}"),
+                partial(str, f"in {model.folder}"),
             )
         )
     left = sum(result_of(cell) is None for cell in study.cells.values())

@@ -2,10 +2,10 @@
 
 from fastgpt.ablate.cells import FILES, Study, first_row, places_of
 from fastgpt.ablate_config import AblateConfig
-from fastgpt.config import TableConfig
-from fastgpt.errors import UserError, did_you_mean
+from fastgpt.errors import UserError
 from fastgpt.finetune_config import TaskConfig
-from fastgpt.tasks import DATA_SETS, load_examples
+from fastgpt.tasks import load_examples
+from fastgpt.tasks.catalogue import data_set
 from fastgpt.tasks.metrics import check_metrics
 from fastgpt.wording import Places
 
@@ -47,11 +47,9 @@ def metrics_of(config: AblateConfig, study: Study, places: Places) -> dict[str, 
 
 
 def _metric(settings: TaskConfig, places: Places) -> str:
-    data: str | TableConfig = settings.table or settings.data or ""
-    if isinstance(data, str) and data not in DATA_SETS:
-        near = did_you_mean(data, DATA_SETS)
-        where = places.of(("task", "data"))
-        raise UserError(f"{where}: task.data: {data!r} is not a data set; known: {', '.join(DATA_SETS)}.{near}")
+    data = settings.source
+    if isinstance(data, str):
+        data_set(data, setting=f"{places.of(('task', 'data'))}: task.data")
     task, _ = load_examples(settings.train, data, bad_rows=settings.bad_rows)
     for path in (settings.validation, settings.test):
         if path is not None:

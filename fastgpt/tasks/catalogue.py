@@ -70,11 +70,12 @@ def load_examples(
     return source.task, examples
 
 
-def data_set(name: str) -> DataSet:
-    """The data set of this name. Raises UserError with the nearest where there is none."""
+def data_set(name: str, *, setting: str | None = None) -> DataSet:
+    """The data set of this name. Raises UserError with the setting and the nearest name where there is none."""
     if name not in DATA_SETS:
         near = did_you_mean(name, DATA_SETS)
-        raise UserError(f"{name!r} is not a data set; known: {', '.join(DATA_SETS)}.{near}")
+        where = f"{setting}: " if setting else ""
+        raise UserError(f"{where}{name!r} is not a data set; known: {', '.join(DATA_SETS)}.{near}")
     return DATA_SETS[name]
 
 

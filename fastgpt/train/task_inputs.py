@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fastgpt.config import ModelConfig, TableConfig
-from fastgpt.errors import UserError, did_you_mean
+from fastgpt.config import ModelConfig
+from fastgpt.errors import UserError
 from fastgpt.finetune_config import SPECIAL_TOKENS, FinetuneConfig
 from fastgpt.load import load_model
 from fastgpt.model.seeds import fold
 from fastgpt.model.task import TaskShape
 from fastgpt.task_folder import FineTuned, fine_tuned
-from fastgpt.tasks import DATA_SETS, Encoded, Kind, SpecialTokens, Task, encode_examples, load_examples
+from fastgpt.tasks import Encoded, Kind, SpecialTokens, Task, encode_examples, load_examples
+from fastgpt.tasks.catalogue import data_set
 from fastgpt.tasks.metrics import check_metrics
 from fastgpt.tokenizer import Tokenizer
 
@@ -61,11 +62,9 @@ def read_task(config: FinetuneConfig) -> tuple[Pretrained, FineTuned, Examples]:
         UserError: a model, a file or a row that cannot be read; settings that do not fit the task.
     """
     pretrained = read_pretrained(config.pretrained)
-    data: str | TableConfig = config.task.table or config.task.data or ""
-    if isinstance(data, str) and data not in DATA_SETS:
-        raise UserError(
-            f"task.data: {data!r} is not a data set; known: {', '.join(DATA_SETS)}.{did_you_mean(data, DATA_SETS)}"
-        )
+    data = config.task.source
+    if isinstance(data, str):
+        data_set(data, setting="task.data")
     task, train_examples = load_examples(config.task.train, data, bad_rows=config.task.bad_rows)
     if config.task.metrics:
         task = task._replace(metrics=tuple(config.task.metrics))
