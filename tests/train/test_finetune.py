@@ -18,6 +18,7 @@ from fastgpt.cli import main
 from fastgpt.finetune_config import SPECIAL_TOKENS
 from fastgpt.model import GPT
 from fastgpt.task_folder import OUTPUT_LAYER, load_task_model
+from tests.train.examples import rewind, write_examples
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -41,18 +42,6 @@ def pretrained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["engine.precision=fp32", "train.steps=2", "train.eval_every=null", "train.sample_tokens=0"]
     assert main(["train", str(tiny), f"out={folder}", *words]) == 0
     return folder
-
-
-def write_examples(path: Path, count: int, seed: int, labelled: bool = True) -> list[int]:
-    """Short texts of the corpus' words; their class is that of the words."""
-    chance = random.Random(seed)
-    labels = [chance.randrange(2) for _ in range(count)]
-    with path.open("w") as file:
-        for label in labels:
-            words = [f"w{chance.randrange(3) + 5 * label}" for _ in range(chance.randint(2, 5))]
-            row: dict[str, Any] = {"text": " ".join(words)}
-            file.write(json.dumps(row | ({"label": label} if labelled else {})) + "\n")
-    return labels
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +108,7 @@ def test_the_same_command_again_has_nothing_to_do(
 @pytest.mark.parametrize("step", [EPOCH, 2 * EPOCH])
 def test_a_run_goes_on_bit_for_bit(step: int, run: Path, pretrained: Path, settings: Path, tmp_path: Path) -> None:
     again = tmp_path / "run"
-    shutil.copytree(run, again)
-    for checkpoint in (again / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-    (again / "checkpoints" / "latest").write_text(f"step-{step:08d}")
-    (again / "summary.json").unlink()
+    rewind(run, again, step)
     with (again / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "spl')  # as a crash leaves it
     words = [f"task.test={settings.parent / 'validation.jsonl'}", "train.keep=5", "--resume"]
@@ -255,10 +239,7 @@ def test_a_run_of_one_process_goes_on_at_every_stage_with_levels_trained_unlike(
     words = ["train.unfreeze=gradual", "train.layer_lr_decay=2.6", "train.keep=5"]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     assert main(["finetune", str(pretrained), str(settings), f"out={whole}", *words]) == 0
-    shutil.copytree(whole, moved)
-    shutil.rmtree(moved / "checkpoints" / f"step-{UPDATES:08d}")
-    (moved / "checkpoints" / "latest").write_text(f"step-{2 * EPOCH:08d}")
-    (moved / "summary.json").unlink()
+    rewind(whole, moved, 2 * EPOCH)
     outcome = command(
         *("torchrun", "--nproc-per-node", "2", "-m", "fastgpt", "finetune", pretrained, settings, f"out={moved}"),
         *(*words, f"engine.zero_stage={stage}", "--resume"),

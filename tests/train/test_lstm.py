@@ -1,8 +1,6 @@
 """An LSTM trains, generates, learns a task and resumes by the commands that a GPT does it by."""
 
 import json
-import random
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks
 from fastgpt.model import LSTM
 from fastgpt.model.build import new_model
+from tests.train.examples import rewind, write_examples
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -42,31 +41,11 @@ engine: {{threads: 1, precision: fp32}}
 EPOCH = 5
 
 
-def write_examples(path: Path, count: int, seed: int) -> None:
-    """Short texts whose class is that of their words."""
-    chance = random.Random(seed)
-    with path.open("w") as file:
-        for _ in range(count):
-            label = chance.randrange(2)
-            words = [f"w{chance.randrange(3) + 5 * label}" for _ in range(chance.randint(2, 5))]
-            file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
-
-
 def rows(folder: Path) -> list[dict[str, Any]]:
     """A run's records, without what depends on the clock."""
     timed = ("tokens_per_second", "examples_per_second")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
-def rewind(run: Path, again: Path, step: int) -> None:
-    """A copy of a run as it was at a step."""
-    shutil.copytree(run, again)
-    for checkpoint in (again / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-    (again / "checkpoints" / "latest").write_text(f"step-{step:08d}")
-    (again / "summary.json").unlink()
 
 
 @pytest.fixture(scope="module")
