@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from fastgpt_kernels import load_ops
+from fastgpt_kernels.native.library import reasons_against
 from torch import Tensor, nn
 
 from benchmarks.contenders import Unavailable
@@ -96,7 +97,7 @@ def check_available(name: str, job: Job) -> None:
         raise Unavailable("it has no windows in its attention")
     if config.model.embedding != "separate" and name not in OURS:
         raise Unavailable("it has no table of tokens and positions together")
-    if name == "reference" and (not gpu or load_ops(config.kernels.backend).name != "triton"):
+    if name == "reference" and not _has_own_kernels(config, gpu):
         raise Unavailable("ours runs PyTorch's operations already")
     if name == "ours-compile" and config.engine.compile:
         raise Unavailable("ours is compiled already")
@@ -116,6 +117,13 @@ def check_available(name: str, job: Job) -> None:
             raise Unavailable("it needs --peer-path")
         if config.model.norm == "post":
             raise Unavailable("nanoGPT has GPT-2's block only")
+
+
+def _has_own_kernels(config: Config, gpu: bool) -> bool:
+    if gpu:
+        return load_ops(config.kernels.backend).name == "triton"
+    native = config.kernels.backend in ("auto", "native") and not reasons_against()
+    return native and config.engine.precision != "fp32"
 
 
 def load(name: str, job: Job) -> Trainer:

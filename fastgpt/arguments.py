@@ -183,7 +183,9 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 def _add_placing(command: argparse.ArgumentParser) -> None:
     """Where a trained model runs."""
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    command.add_argument("--backend", default="auto", help="auto, triton, torch or reference (default: %(default)s)")
+    command.add_argument(
+        "--backend", default="auto", help="auto, triton, native, torch or reference (default: %(default)s)"
+    )
 
 
 def _add_keeping(benchmark: argparse.ArgumentParser) -> None:

@@ -285,7 +285,7 @@ class EngineConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of the operations."""
 
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "native", "torch", "reference"] = "auto"
 
 
 Column = Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=1)]

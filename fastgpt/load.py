@@ -65,7 +65,8 @@ def load_model(
         folder: a run folder (its newest checkpoint; of fine-tuning its best model), a checkpoint, a folder that
             `save_model` wrote, or a Hugging Face folder of a GPT-2 or OpenAI GPT with safetensors.
         device: "cpu", "cuda", "cuda:N", or "auto" for the GPU where there is one.
-        backend: which kernels the model runs on, as for `load_ops`; "auto" on the CPU is "torch".
+        backend: which kernels the model runs on, as for `load_ops`; "auto" on the CPU is "torch", or with
+            `dtype` bfloat16 "native" where that can run.
         dtype: converts the weights; None keeps the dtype of the file.
 
     Returns:
@@ -75,7 +76,7 @@ def load_model(
         UserError: something is missing, damaged or not supported; the message names the file and the key.
     """
     place = resolve_device(str(device), setting="device")
-    return read_model(folder, ops_for(backend, place, setting="backend"), place, dtype)
+    return read_model(folder, ops_for(backend, place, dtype, setting="backend"), place, dtype)
 
 
 def read_model(

@@ -8,7 +8,7 @@ from fastgpt.config import Config
 from fastgpt.engine.backend import ops_for
 from fastgpt.engine.compiler import prepare_compiler
 from fastgpt.engine.host import available_cores, prepare_host
-from fastgpt.engine.precision import resolve_precision
+from fastgpt.engine.precision import DTYPES, resolve_precision
 from fastgpt.engine.ranks import Ranks
 from fastgpt.finetune_config import FinetuneConfig
 
@@ -31,7 +31,7 @@ def set_up(config: C, device: torch.device, ranks: Ranks | None = None, *, threa
         UserError: a precision that the device does not have; blocks that cannot be compiled here.
     """
     ranks = ranks or Ranks()
-    backend = ops_for(config.kernels.backend, device).name
+    ops_for(config.kernels.backend, device)  # refused before anything that takes time
     share = max(1, len(available_cores()) // ranks.local_world_size)
     if not threads and config.engine.threads and config.engine.threads <= share:
         threads = config.engine.threads  # as the run was started; with more ranks on a host the cores are shared anew
@@ -40,6 +40,7 @@ def set_up(config: C, device: torch.device, ranks: Ranks | None = None, *, threa
         prepare_compiler(device, ranks)
     # timed with these threads, and by one rank for all
     precision = ranks.on_first(lambda: resolve_precision(config.engine.precision, device))
+    backend = ops_for(config.kernels.backend, device, DTYPES[precision]).name
     tree = config.model_dump()
     tree["kernels"]["backend"] = backend
     tree["engine"] |= {"precision": precision, "threads": threads}

@@ -15,7 +15,7 @@ from fastgpt_kernels.compiler import leave_unloaded
 from fastgpt_kernels.errors import UnsupportedInput
 from fastgpt_kernels.ops import Ops
 
-Backend: TypeAlias = Literal["auto", "triton", "torch", "reference"]
+Backend: TypeAlias = Literal["auto", "triton", "native", "torch", "reference"]
 
 # the file of each operation
 TRITON_FILES = {
@@ -41,9 +41,10 @@ def load_ops(backend: Backend = "auto") -> Ops:
     """The operations of a backend.
 
     Args:
-        backend: "triton" (a GPU, or the CPU under TRITON_INTERPRET=1), "torch" (PyTorch's built-ins, anywhere),
-            "reference" (the mathematics written out, slow), or "auto": triton where PyTorch sees a GPU, else torch.
-            What "auto" chose is logged once, at level INFO of the logger "fastgpt_kernels".
+        backend: "triton" (a GPU, or the CPU under TRITON_INTERPRET=1), "native" (C++ for bfloat16 on a CPU that
+            multiplies it, compiled at first use), "torch" (PyTorch's built-ins, anywhere), "reference" (the mathematics
+            written out, slow), or "auto": triton where PyTorch sees a GPU, else torch. What "auto" chose is logged
+            once, at level INFO of the logger "fastgpt_kernels".
 
     Raises:
         UnsupportedInput: the backend is unknown, or cannot run here.
@@ -54,13 +55,15 @@ def load_ops(backend: Backend = "auto") -> Ops:
         backend = _automatic_backend()
     if backend == "triton":
         ops = _triton_ops()
+    elif backend == "native":
+        ops = _native_ops()
     else:
         ops = _ops_of("torch", torch_ops) if backend == "torch" else _ops_of("reference", reference)
     leave_unloaded()
     return ops
 
 
-def _ops_of(name: Literal["torch", "reference"], module: ModuleType) -> Ops:
+def _ops_of(name: Literal["native", "torch", "reference"], module: ModuleType) -> Ops:
     return Ops(name, *(getattr(module, operation) for operation in Ops._fields[1:]))
 
 
@@ -72,6 +75,14 @@ def _automatic_backend() -> Backend:
     missing = "Triton is not installed" if torch.cuda.is_available() else "PyTorch sees no GPU"
     logger.info("kernels: torch, because %s", missing)
     return "torch"
+
+
+def _native_ops() -> Ops:
+    from fastgpt_kernels import native
+    from fastgpt_kernels.native.library import library
+
+    library()  # compiled now, not in the first update
+    return _ops_of("native", native)
 
 
 @functools.cache

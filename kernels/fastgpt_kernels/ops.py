@@ -167,7 +167,7 @@ class LinearCrossEntropy(Protocol):
 class Ops(NamedTuple):
     """The operations of one backend."""
 
-    name: Literal["triton", "torch", "reference"]
+    name: Literal["triton", "native", "torch", "reference"]
     causal_attention: CausalAttention
     decode_attention: DecodeAttention
     layer_norm: LayerNorm

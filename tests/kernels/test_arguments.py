@@ -174,7 +174,7 @@ def test_a_backend_is_a_name(backend):
         load_ops(backend)
     assert str(error.value) == (
         f"{backend!r} is not a kernel backend:\n"
-        "  - allowed: 'auto', 'triton', 'torch', 'reference'\n"
+        "  - allowed: 'auto', 'triton', 'native', 'torch', 'reference'\n"
         "Set kernels.backend to 'auto' to choose by the hardware."
     )
 

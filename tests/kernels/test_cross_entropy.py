@@ -377,11 +377,11 @@ def test_torch_library_finds_the_ops_well_formed(stride, device):
         (torch_file._overwrite, ()),
     ):
         torch.library.opcheck(operation, (logits, targets, *kept, losses, -100))
-    for module in (cross_entropy, torch_file):
+    for module, rescale in ((cross_entropy, cross_entropy._rescale), (torch_file, torch_file.rescale)):
         number = torch.tensor(0.5, device=device)
         torch.library.opcheck(module._losses_and_gradient, (logits, targets, number, -100))
         for dresult in (number, number + 1.0, losses):
-            torch.library.opcheck(module._rescale, (logits, targets, dresult, number, -100))
+            torch.library.opcheck(rescale, (logits, targets, dresult, number, -100))
     for consume in (False, True):
         for operation in (cross_entropy._cross_entropy, torch_file._losses):
             torch.library.opcheck(operation, (logits.detach().requires_grad_(), targets, -100, consume))

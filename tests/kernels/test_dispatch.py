@@ -66,7 +66,7 @@ def test_an_unknown_backend_is_met_with_the_nearest_one():
         load_ops("trition")
     assert str(error.value) == (
         "'trition' is not a kernel backend:\n"
-        "  - allowed: 'auto', 'triton', 'torch', 'reference'\n"
+        "  - allowed: 'auto', 'triton', 'native', 'torch', 'reference'\n"
         "Did you mean 'triton'?"
     )
 

@@ -10,6 +10,7 @@ import fastgpt_kernels
 import pytest
 import torch
 from fastgpt_kernels import Ops, load_ops
+from fastgpt_kernels.native.library import reasons_against
 from fastgpt_kernels.testing import assert_close, output_and_gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -182,7 +183,8 @@ def operators() -> dict[str, Any]:
         for module in pkgutil.walk_packages(fastgpt_kernels.__path__, "fastgpt_kernels.")
     ]
     found = [x for module in modules for x in vars(module).values() if isinstance(x, torch.library.CustomOpDef)]
-    return {operator._qualname: operator for operator in found}
+    runs = [operator for operator in found if "native" not in operator._qualname or not reasons_against()]
+    return {operator._qualname: operator for operator in runs}
 
 
 OPERATORS = operators()
@@ -197,6 +199,9 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
             # some ways of the torch backend are for a CPU, or for 16 bits, only
             on_cpu = tensors_of(name, dtype=torch.float16, device="cpu")
             results(name, load_ops("torch"), seed_of(0, "cpu"), on_cpu)
+            if not reasons_against():
+                on_cpu = tensors_of(name, dtype=torch.bfloat16, device="cpu")
+                results(name, load_ops("native"), seed_of(0, "cpu"), on_cpu)
         results("dropout", load_ops("reference"), seed_of(0), tensors_of("dropout"))
     return calls.arguments
 

@@ -73,7 +73,7 @@ class _Plan:
         self.bits_of_scores = BITS[self.wide.itemsize]
         self.infinity = int(torch.tensor(-math.inf, dtype=self.wide).view(self.bits_of_scores))
         self.past = self.masks(torch.ones((self.rows, self.rows), dtype=torch.bool).tril())
-        self.documents = None if document_ids is None else self._documents(document_ids)
+        self.documents = None if document_ids is None else numbered_documents(document_ids)
         self.keep = 1.0 if seed is None else 1.0 / (1.0 - rate(dropout_p))
         if seed is not None:
             words = -(-self.T // LANES)  # numbers for a row of the mask (B, H, T, T), as `mask_parts` has them
@@ -84,14 +84,6 @@ class _Plan:
             self.z, self.spare = torch.empty((2, drawn), dtype=torch.int64).unbind()
             bits = 0 if self.narrow == torch.bfloat16 else self.elements
             self.bits = torch.empty(bits, dtype=self.bits_of_scores)
-
-    def _documents(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T): a small number for each document, and the first position that has it."""
-        values, numbers = torch.unique(ids, return_inverse=True)
-        places = numbers + torch.arange(self.B)[:, None] * len(values)
-        firsts = torch.full((self.B * len(values),), self.T)
-        firsts.scatter_reduce_(0, places.view(-1), torch.arange(self.T).repeat(self.B), "amin")
-        return numbers.to(torch.int32), firsts[places]
 
     def masks(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """What of the bits of a score to keep, all or none, and what to set: none, or those of -inf."""
@@ -158,6 +150,16 @@ class _Plan:
         """
         keys = x.flatten(0, 1)[:, block.start : block.stop]
         return keys if self.narrow == self.wide or keys.is_contiguous() else copy(keys, memory)
+
+
+def numbered_documents(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ids (B, T), two (B, T): a small number for each document, int32, and the first position that has it."""
+    B, T = ids.shape
+    values, numbers = torch.unique(ids, return_inverse=True)
+    places = numbers + torch.arange(B)[:, None] * len(values)
+    firsts = torch.full((B * len(values),), T)
+    firsts.scatter_reduce_(0, places.view(-1), torch.arange(T).repeat(B), "amin")
+    return numbers.to(torch.int32), firsts[places]
 
 
 def take(memory: Tensor, *shape: int) -> Tensor:

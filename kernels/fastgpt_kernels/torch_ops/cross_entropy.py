@@ -217,11 +217,12 @@ def _(logits: Tensor, targets: Tensor, dloss: Tensor, ignore_index: int) -> Tens
 
 
 @torch.library.custom_op("fastgpt::cross_entropy_by_torch_rescale_", mutates_args=("gradient",))
-def _rescale(gradient: Tensor, targets: Tensor, dresult: Tensor, expected: Tensor, ignore_index: int) -> None:
+def rescale(gradient: Tensor, targets: Tensor, dresult: Tensor, expected: Tensor, ignore_index: int) -> None:
+    """`rescale_gradient`, as the one-pass form of another backend may use it too."""
     rescale_gradient(gradient, targets, dresult, expected, ignore_index)
 
 
-@_rescale.register_fake
+@rescale.register_fake
 def _(gradient: Tensor, targets: Tensor, dresult: Tensor, expected: Tensor, ignore_index: int) -> None:
     return None
 
@@ -259,7 +260,7 @@ def one_pass(write: Write, rescale: Rescale) -> Any:
     return OnePass.apply
 
 
-_one_pass = one_pass(_losses_and_gradient, _rescale)
+_one_pass = one_pass(_losses_and_gradient, rescale)
 
 
 def expected_tensor(expected: float | Tensor, logits: Tensor) -> Tensor:
