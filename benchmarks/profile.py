@@ -41,7 +41,7 @@ KINDS = {
     "gradient norm": ("vector_norm", "gradient_norm"),
     "normalisation": ("layer_norm", "LayerNorm"),
     "GELU": ("gelu", "Gelu"),
-    PRODUCTS: ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "Linear"),
+    PRODUCTS: ("native_linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "Linear"),
     "bias gradients": ("aten::sum",),
     "sums and copies": ("aten::add", "aten::copy_", "aten::_foreach", "aten::zero_", "aten::fill_"),
 }

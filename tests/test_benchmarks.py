@@ -286,7 +286,7 @@ def test_every_operation_with_kernels_is_looked_at_by_the_sanitizer():
     assert [tool for tool, _ in checks] == sorted(tool for tool, _ in checks)
     ours = {"linear_gelu_fused", "adamw", "gradient_norm", *Ops._fields[1:]}
     # cuBLAS computes these
-    assert ours == {*sanitizer_case.CASES, "linear_gelu", "logits"}
+    assert ours == {*sanitizer_case.CASES, "linear", "linear_gelu", "logits"}
     assert {"forward_kernel", "_dropout_kernel", "_update_kernel"} <= set(sanitizer.kernel_names())
 
 

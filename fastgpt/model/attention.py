@@ -21,8 +21,8 @@ class CausalSelfAttention(nn.Module):
         self.heads = config.heads
         self.window = window
         self.ops = ops
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
-        self.out = Linear(config.n_embd, config.n_embd)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, ops)
+        self.out = Linear(config.n_embd, config.n_embd, ops)
 
     def forward(self, x: Tensor, masks: Masks, *, cache: LayerCache | None = None) -> Tensor:
         """Project, attend, project back; dropout on the attention weights."""

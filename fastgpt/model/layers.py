@@ -4,7 +4,6 @@ Each uses its parameters in its own `forward` only, so that a sharding engine ca
 """
 
 import torch
-import torch.nn.functional as F
 from fastgpt_kernels import Ops
 from torch import Tensor, nn
 
@@ -16,22 +15,19 @@ EPSILON = 1e-5  # of layer normalisation, in GPT-1 and GPT-2
 class Linear(nn.Module):
     """x (..., inputs) -> (..., outputs), with a bias."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, ops: Ops) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs))
+        self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
         """The affine map of each row."""
-        return F.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 class LinearGelu(Linear):
     """x (..., inputs) -> (..., outputs): the tanh form of GELU after an affine map."""
-
-    def __init__(self, inputs: int, outputs: int, ops: Ops) -> None:
-        super().__init__(inputs, outputs)
-        self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation of each row's affine map."""

@@ -13,7 +13,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.up = LinearGelu(config.n_embd, 4 * config.n_embd, ops)
-        self.down = Linear(4 * config.n_embd, config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd, ops)
 
     def forward(self, x: Tensor) -> Tensor:
         """Up, GELU, down."""

@@ -52,10 +52,10 @@ class TaskShape(NamedTuple):
 class HiddenLayerHead(nn.Module):
     """Activations (..., inputs) -> (..., outputs) through a hidden layer of ReLU units."""
 
-    def __init__(self, inputs: int, units: int, outputs: int) -> None:
+    def __init__(self, inputs: int, units: int, outputs: int, ops: Ops) -> None:
         super().__init__()
-        self.hidden = Linear(inputs, units)
-        self.output = Linear(units, outputs)
+        self.hidden = Linear(inputs, units, ops)
+        self.output = Linear(units, outputs, ops)
 
     def forward(self, x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
         """The output layer; `drop` acts on the units."""
@@ -71,9 +71,9 @@ class TaskModel(LanguageModel):
         self.shape = shape
         inputs = shape.inputs(config.n_embd)
         self.task_head = (
-            Linear(inputs, shape.outputs)
+            Linear(inputs, shape.outputs, ops)
             if shape.head_units is None
-            else HiddenLayerHead(inputs, shape.head_units, shape.outputs)
+            else HiddenLayerHead(inputs, shape.head_units, shape.outputs, ops)
         )
 
     def forward(

@@ -74,6 +74,11 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Ten
     return F.gelu(x + bias.to(x.dtype), approximate=approximate)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`torch.nn.functional.linear`."""
+    return F.linear(x, weight, bias)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:
     """`torch.nn.functional.linear`, then `gelu`."""
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)

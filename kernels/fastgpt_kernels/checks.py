@@ -111,10 +111,18 @@ def against_bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> list[str]:
 
 def against_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> list[str]:
     """Reasons against the activation of x (..., K) weight (N, K)^T + bias (N,)."""
-    reasons = against_gelu(x, approximate)
-    if wrong := against_kinds(x=x, weight=weight, bias=bias):
-        return wrong + reasons
-    reasons += against_factor(weight, "weight", x, "x") + against_factor(bias, "bias", x, "x")
+    wrong = against_kinds(x=x, weight=weight, bias=bias)
+    return wrong + against_gelu(x, approximate) + ([] if wrong else _against_affine(x, weight, bias))
+
+
+def against_linear(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+    """Reasons against x (..., K) weight (N, K)^T + bias (N,)."""
+    wrong = against_kinds(x=x, weight=weight, bias=bias)
+    return wrong or against_no_floats(x, "x") + _against_affine(x, weight, bias)
+
+
+def _against_affine(x: Tensor, weight: Tensor, bias: Tensor) -> list[str]:
+    reasons = against_factor(weight, "weight", x, "x") + against_factor(bias, "bias", x, "x")
     if x.dim() == 0:
         reasons.append("x has no dimensions; it must be (..., K)")
     elif weight.dim() != 2 or weight.shape[1] != x.shape[-1]:

@@ -25,11 +25,12 @@ TRITON_FILES = {
     "add_layer_norm": "layernorm",
     "gelu": "gelu",
     "bias_gelu": "gelu",
+    "linear": "torch_ops.linear",  # cuBLAS multiplies
     "linear_gelu": "linear_gelu",
     "embedding": "embedding",
     "dropout": "dropout",
     "dropout_add": "dropout",
-    "logits": "torch_ops.logits",  # cuBLAS multiplies
+    "logits": "torch_ops.logits",  # and here
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
 }

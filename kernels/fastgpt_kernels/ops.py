@@ -83,6 +83,12 @@ class BiasGelu(Protocol):
     def __call__(self, x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor: ...
 
 
+class Linear(Protocol):
+    """x (..., K), weight (N, K) as in nn.Linear, bias (N,) -> x weight^T + bias, (..., N)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: ...
+
+
 class LinearGelu(Protocol):
     """x (..., K), weight (N, K) as in nn.Linear, bias (N,) -> GELU(x weight^T + bias), (..., N)."""
 
@@ -174,6 +180,7 @@ class Ops(NamedTuple):
     add_layer_norm: AddLayerNorm
     gelu: Gelu
     bias_gelu: BiasGelu
+    linear: Linear
     linear_gelu: LinearGelu
     embedding: Embedding
     dropout: Dropout

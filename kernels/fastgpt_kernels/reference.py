@@ -109,6 +109,12 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Ten
     return gelu(x + bias, approximate).to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (..., K) weight (N, K)^T + bias (N,)."""
+    raise_if_any(checks.against_linear(x, weight, bias), "linear", "reference", REMEDY)
+    return x @ weight.mT + bias
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:
     """GELU of x (..., K) weight (N, K)^T + bias (N,)."""
     raise_if_any(checks.against_linear_gelu(x, weight, bias, approximate), "linear_gelu", "reference", REMEDY)

@@ -28,6 +28,7 @@ def calls_of(ops):
         "gelu": (ops.gelu, x),
         "gelu in 16 bits": (ops.gelu, x.half()),
         "bias_gelu": (lambda bias: ops.bias_gelu(x, bias), vector),
+        "linear": (lambda weight: ops.linear(x, weight, vector), square),
         "linear_gelu": (lambda weight: ops.linear_gelu(x, weight, vector), square),
         "embedding": (lambda table: ops.embedding(ids, square, table), square),
         "dropout": (lambda x: ops.dropout(x, P, SEED), x),
@@ -87,10 +88,11 @@ def test_what_is_no_tensor_is_named(backend):
         "bias is None; it must be a tensor",
         "eps is -1.0; it must be at least 0 and finite",
     )
-    assert reasons_of(ops.linear_gelu, x, None, None) == (
-        "weight is None; it must be a tensor",
-        "bias is None; it must be a tensor",
-    )
+    for operation in (ops.linear, ops.linear_gelu):
+        assert reasons_of(operation, x, None, None) == (
+            "weight is None; it must be a tensor",
+            "bias is None; it must be a tensor",
+        )
     nothing = "{} is None; it must be a tensor"
     assert reasons_of(ops.bias_gelu, x, None) == (nothing.format("bias"),)
     assert reasons_of(ops.gelu, [1.0]) == ("x is of type list; it must be a tensor",)

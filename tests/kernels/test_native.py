@@ -1,5 +1,6 @@
 """The native backend against the mathematics and beside the torch backend, whose masks it draws."""
 
+import importlib
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ if reasons_against():
     pytest.skip("; ".join(reasons_against()), allow_module_level=True)
 
 NATIVE, TORCH = load_ops("native"), load_ops("torch")
+linear = importlib.import_module("fastgpt_kernels.native.linear")  # of this name the package holds the function
 BF16 = torch.bfloat16
 LENGTHS = [1, 2, 17, 63, 64, 65, 96, 97, 129, 300]
 HEAD_SIZES = [1, 7, 16, 20, 40, 64, 80, 96, 128, 256]
@@ -225,6 +227,80 @@ def test_dropout_draws_the_masks_of_the_torch_backend(shape):
         assert same([y == 0 for y in ours], [y == 0 for y in theirs])
     assert_as_close_as_torch(lambda ops, x: ops.dropout(x, P, SEED), x, ops=NATIVE)
     assert_as_close_as_torch(lambda ops, *xs: ops.dropout_add(*xs, P, SEED), x, residual, ops=NATIVE)
+
+
+@pytest.fixture(params=[1, linear.FEWEST_ROWS], ids=["any rows", "enough rows"])
+def rows_from(request, monkeypatch):
+    """From how many rows on a product is ours."""
+    monkeypatch.setattr(linear, "FEWEST_ROWS", request.param)
+
+
+@pytest.mark.parametrize("K", [1, 2, 31, 33, 768, 1665])
+@pytest.mark.parametrize(("rows", "N"), [(1, 1), (7, 49), (9, 48), (40, 1023), (129, 65)])
+def test_linear_maps_are_as_close_as_pytorch(rows, N, K, rows_from):
+    x, weight, bias = normal(rows, K), normal(N, K, by=K**-0.5), normal(N)
+    assert_as_close_as_torch(lambda ops, *xs: ops.linear(*xs), x, weight, bias, ops=NATIVE)
+    assert_as_close_as_torch(lambda ops, *xs: ops.logits(*xs), x, weight, ops=NATIVE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    M=st.integers(1, 150),
+    N=st.integers(1, 150),
+    K=st.integers(1, 150),
+    layout=st.tuples(st.booleans(), st.booleans()),
+    far=st.integers(0, 3),
+    biased=st.booleans(),
+)
+def test_a_product_reads_both_operands_either_way_and_writes_nothing_beside(M, N, K, layout, far, biased):
+    """Of small integers, whose sums are exact."""
+    a, b = (
+        torch.randint(-4, 5, (rows, columns + far)).to(BF16)[:, :columns]
+        if dense
+        else torch.randint(-4, 5, (columns, rows + far)).to(BF16)[:, :rows].t()
+        for dense, (rows, columns) in zip(layout, ((M, K), (K, N)), strict=True)
+    )
+    bias = torch.randint(-4, 5, (N,)).to(BF16) if biased else None
+    exact = a.double() @ b.double() + (0.0 if bias is None else bias.double())
+    assert torch.equal(linear.product(a, b, bias), exact.to(BF16))
+
+
+def test_a_product_has_the_same_bits_with_any_number_of_threads(threads):
+    a, b, bias = normal(150, 1700), normal(1700, 200), normal(200)
+    first = linear.product(a, b, bias)
+    for number in (1, 2, 3, 5, 8):
+        threads(number)
+        assert torch.equal(linear.product(a, b, bias), first)
+
+
+def test_what_has_few_rows_or_matrix_units_is_pytorch_s(monkeypatch):
+    x, weight, bias = normal(linear.FEWEST_ROWS, 8), normal(4, 8), normal(4)
+    assert linear.multiplies(x, weight) and not linear.multiplies(x[1:], weight)
+    monkeypatch.setattr(linear, "has_matrix_units", lambda: True)
+    assert not linear.multiplies(x, weight)
+    assert torch.equal(NATIVE.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 20, 5), (1, 1, 40, 5), (0, 5)])
+def test_a_linear_map_takes_rows_of_any_shape(shape, rows_from):
+    x, weight, bias = normal(*shape), normal(3, 5), normal(3)
+    ours = output_and_gradients(NATIVE.linear, [x, weight, bias])
+    for our, their in zip(ours, output_and_gradients(TORCH.linear, [x, weight, bias]), strict=True):
+        torch.testing.assert_close(our, their, rtol=2**-6, atol=2**-6)
+
+
+def test_only_the_gradients_that_are_needed_are_computed():
+    x, weight, bias = normal(20, 5), normal(3, 5).requires_grad_(), normal(3)
+    NATIVE.linear(x, weight, bias).sum().backward()
+    assert weight.grad is not None and x.grad is None and bias.grad is None
+
+
+def test_autocast_casts_what_is_multiplied():
+    x, weight, bias = torch.randn(20, 8), torch.randn(4, 8), torch.randn(4)
+    with torch.autocast("cpu", BF16):
+        ours = NATIVE.linear(x, weight, bias), NATIVE.logits(x, weight)
+    assert torch.equal(ours[0], NATIVE.linear(x.to(BF16), weight.to(BF16), bias.to(BF16)))
+    assert torch.equal(ours[1], NATIVE.logits(x.to(BF16), weight.to(BF16)))
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])

@@ -41,6 +41,7 @@ CALLS: dict[str, list[tuple[Callable[..., Any], Arguments]]] = {
     ],
     "gelu": [(lambda x, form=form: reference.gelu(x, form), ((3, 5),)) for form in ("tanh", "none")],
     "bias_gelu": [(lambda *xs, form=form: reference.bias_gelu(*xs, form), ((3, 5), (5,))) for form in ("tanh", "none")],
+    "linear": [(reference.linear, ((3, 5), (4, 5), (4,)))],
     "linear_gelu": [
         (lambda *xs, form=form: reference.linear_gelu(*xs, form), ((3, 5), (4, 5), (4,))) for form in ("tanh", "none")
     ],

@@ -72,6 +72,11 @@ CASES = {
     ),
     "gelu": Case(lambda ops, seed, x: ops.gelu(x), lambda n: normal((n, 40))),
     "bias_gelu": Case(lambda ops, seed, x, bias: ops.bias_gelu(x, bias, "none"), lambda n: normal((n, 40), (40,))),
+    "linear": Case(
+        lambda ops, seed, *tensors: ops.linear(*tensors),
+        lambda n: normal((n, 16), (24, 16), (24,)),
+        products=True,
+    ),
     "linear_gelu": Case(
         lambda ops, seed, *tensors: ops.linear_gelu(*tensors),
         lambda n: normal((n, 16), (24, 16), (24,)),
@@ -201,7 +206,9 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
             results(name, load_ops("torch"), seed_of(0, "cpu"), on_cpu)
             if not reasons_against():
                 on_cpu = tensors_of(name, dtype=torch.bfloat16, device="cpu")
-                results(name, load_ops("native"), seed_of(0, "cpu"), on_cpu)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(importlib.import_module("fastgpt_kernels.native.linear"), "FEWEST_ROWS", 1)
+                    results(name, load_ops("native"), seed_of(0, "cpu"), on_cpu)
         results("dropout", load_ops("reference"), seed_of(0), tensors_of("dropout"))
     return calls.arguments
 

@@ -9,7 +9,8 @@ from fastgpt_kernels.native.cross_entropy import cross_entropy
 from fastgpt_kernels.native.dropout import dropout, dropout_add
 from fastgpt_kernels.native.gelu import bias_gelu, gelu, linear_gelu
 from fastgpt_kernels.native.layernorm import add_layer_norm, layer_norm
-from fastgpt_kernels.torch_ops import decode_attention, embedding, linear_cross_entropy, logits
+from fastgpt_kernels.native.linear import linear, logits
+from fastgpt_kernels.torch_ops import decode_attention, embedding, linear_cross_entropy
 
 __all__ = [
     "add_layer_norm",
@@ -22,6 +23,7 @@ __all__ = [
     "embedding",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_gelu",
     "logits",

@@ -10,7 +10,7 @@ from fastgpt_kernels import checks, torch_ops
 from fastgpt_kernels.checks import REMEDY, Approximate
 from fastgpt_kernels.errors import raise_if_any
 from fastgpt_kernels.native.calls import call, takes
-from fastgpt_kernels.torch_ops.gelu import in_autocast_dtype
+from fastgpt_kernels.native.linear import linear
 
 
 @torch.library.custom_op("fastgpt::native_gelu", mutates_args=())
@@ -70,5 +70,4 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Ten
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: Approximate = "tanh") -> Tensor:
     """GELU of x (..., K) weight (N, K)^T + bias (N,); the product adds the bias. Under autocast, in its dtype."""
     raise_if_any(checks.against_linear_gelu(x, weight, bias, approximate), "linear_gelu", "native", REMEDY)
-    x, weight, bias = in_autocast_dtype(x, weight, bias)
-    return _activated(F.linear(x, weight, bias), approximate)
+    return _activated(linear(x, weight, bias), approximate)

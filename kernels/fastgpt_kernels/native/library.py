@@ -46,6 +46,12 @@ def reasons_against() -> tuple[str, ...]:
 
 
 @functools.cache
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices as such (AMX), which PyTorch does and these kernels do not."""
+    return "amx_bf16" in _processor_flags()
+
+
+@functools.cache
 def library() -> ctypes.CDLL:
     """The compiled code. The first call of a machine compiles it, in a few seconds.
 

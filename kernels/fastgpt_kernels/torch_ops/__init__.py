@@ -10,6 +10,7 @@ from fastgpt_kernels.torch_ops.dropout import dropout, dropout_add
 from fastgpt_kernels.torch_ops.embedding import embedding
 from fastgpt_kernels.torch_ops.gelu import bias_gelu, gelu, linear_gelu
 from fastgpt_kernels.torch_ops.layernorm import add_layer_norm, layer_norm
+from fastgpt_kernels.torch_ops.linear import linear
 from fastgpt_kernels.torch_ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt_kernels.torch_ops.logits import logits
 
@@ -24,6 +25,7 @@ __all__ = [
     "embedding",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_gelu",
     "logits",

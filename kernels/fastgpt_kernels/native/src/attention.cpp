@@ -5,10 +5,10 @@
 //     ds_ij = p_ij (z_ij do_i . v_j - delta_i)                      delta_i = do_i . o_i
 //     dv_j = sum_i z_ij p_ij do_i     dq_i = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i
 //
-// A tile has KEYS keys as rows and QUERIES queries as columns: a vector holds one key and 16 queries, so that maxima and
-// sums over keys need nothing across lanes. Scores, weights, and all sums are float32; the weights and ds are rounded to
-// bfloat16 for their products, as q, k, v and do are already. Tiles that nobody sees are not visited. Positions beyond T
-// are zeros: such keys lie in every query's future, and such queries have a gradient of zeros.
+// A tile has KEYS keys as rows and QUERIES queries as columns: a vector holds one key and 16 queries, so that maxima
+// and sums over keys need nothing across lanes. Scores, weights, and all sums are float32; the weights and ds are
+// rounded to bfloat16 for their products, as q, k, v and do are already. Tiles that nobody sees are not visited.
+// Positions beyond T are zeros: such keys lie in every query's future, and such queries have a gradient of zeros.
 //
 // Source: Dao, "FlashAttention-2" (2023), sections 3.1 and 3.2.
 
@@ -26,13 +26,13 @@ constexpr int64_t QUERIES = 64, KEYS = 96;
 
 // As attention.py describes it to ctypes; strides in elements.
 struct Attention {
-    int64_t B, T, H, D, window;    // a window of at least T hides nothing
-    int64_t strides[5];            // of qkv (B, T, 3, H, D)
+    int64_t B, T, H, D, window;  // a window of at least T hides nothing
+    int64_t strides[5];          // of qkv (B, T, 3, H, D)
     float scale;
     Mask mask;
     const uint16_t* qkv;
-    const int32_t* documents;      // (B, T), the number of each position's document; or null
-    const int32_t* firsts;         // (B, T), the first position of that document
+    const int32_t* documents;  // (B, T), the number of each position's document; or null
+    const int32_t* firsts;     // (B, T), the first position of that document
 };
 
 struct Head {
@@ -123,12 +123,15 @@ class Operands {
 
   private:
     // `there` rows are to be had; those beyond, and columns beyond a.D, are zeros.
-    void copy_rows(const uint16_t* from, int64_t row, int64_t column, int64_t there, int64_t count, uint16_t* to) const {
+    void copy_rows(const uint16_t* from, int64_t row, int64_t column, int64_t there, int64_t count,
+                   uint16_t* to) const {
         for (int64_t t = 0; t < count; t++, from += row, to += D) {
             int64_t d = 0;
             if (t < there) {
-                if (column == 1) memcpy(to, from, a.D * 2), d = a.D;
-                else for (; d < a.D; d++) to[d] = from[d * column];
+                if (column == 1)
+                    memcpy(to, from, a.D * 2), d = a.D;
+                else
+                    for (; d < a.D; d++) to[d] = from[d * column];
             }
             for (; d < D; d++) to[d] = 0;
         }
@@ -172,7 +175,8 @@ class Keeping {
 };
 
 inline Ints words_of(Vec even, Vec odd) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(narrowed(even)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(odd)), 16));
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(narrowed(even)),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(odd)), 16));
 }
 
 void write_rows(const float* x, int64_t x_row, int64_t count, int64_t D, float factor, uint16_t* y, int64_t y_row,
@@ -234,7 +238,8 @@ class Forward {
         }
         for (int64_t q = 0; q < QUERIES && first + q < a.T; q++) {
             int64_t t = first + q;
-            write_rows(out_ + q * x.D, 0, 1, a.D, a.mask.keep / sums_[q], out + ((x.head.b * a.T + t) * a.H + x.head.h) * a.D, 0, 1);
+            write_rows(out_ + q * x.D, 0, 1, a.D, a.mask.keep / sums_[q],
+                       out + ((x.head.b * a.T + t) * a.H + x.head.h) * a.D, 0, 1);
             lse[(x.head.b * a.H + x.head.h) * a.T + t] = maxima_[q] + log2f(sums_[q]);
         }
     }
@@ -246,7 +251,8 @@ class Forward {
         Vec factor = broadcast(x.a.scale * LOG2_E), before = _mm512_load_ps(maxima_ + q), maximum = before;
         if (x.hides(key, count, query)) {
             for (int64_t j = 0; j < count; j++) {
-                Vec s = _mm512_mask_mul_ps(broadcast(-INFINITY), x.seeing(key + j, query), _mm512_load_ps(scores + j * QUERIES), factor);
+                Vec s = _mm512_mask_mul_ps(broadcast(-INFINITY), x.seeing(key + j, query),
+                                           _mm512_load_ps(scores + j * QUERIES), factor);
                 _mm512_store_ps(scores + j * QUERIES, s);
                 maximum = _mm512_max_ps(maximum, s);
             }
@@ -258,7 +264,8 @@ class Forward {
             }
         }
         // queries that have seen no key yet: 2^(-inf - 0) is 0
-        Vec origin = _mm512_mask_mov_ps(maximum, _mm512_cmp_ps_mask(maximum, broadcast(-INFINITY), _CMP_EQ_OQ), _mm512_setzero_ps());
+        Vec origin = _mm512_mask_mov_ps(maximum, _mm512_cmp_ps_mask(maximum, broadcast(-INFINITY), _CMP_EQ_OQ),
+                                        _mm512_setzero_ps());
         Vec shrinking = exp2(_mm512_sub_ps(before, origin)), sum = _mm512_setzero_ps();
         Keeping keeping(x, query);
         for (int64_t j = 0; j < count; j += 2) {
@@ -306,7 +313,8 @@ class Backward {
     }
 
     // dqkv has strides of its own.
-    void run(Head head, const uint16_t* out, const float* lse, const uint16_t* dout, uint16_t* dqkv, const int64_t* strides) {
+    void run(Head head, const uint16_t* out, const float* lse, const uint16_t* dout, uint16_t* dqkv,
+             const int64_t* strides) {
         const Attention& a = x.a;
         x.start(head);
         x.rows(1, 0, x.T, keys_);
@@ -331,7 +339,8 @@ class Backward {
         x.rows(out, first, QUERIES, out_rows_);
         for (int64_t q = 0; q < QUERIES; q++) {
             Vec sum = _mm512_setzero_ps();
-            for (int64_t d = 0; d < x.D; d += LANES) sum = _mm512_fmadd_ps(load(rows_ + q * x.D + d), load(out_rows_ + q * x.D + d), sum);
+            for (int64_t d = 0; d < x.D; d += LANES)
+                sum = _mm512_fmadd_ps(load(rows_ + q * x.D + d), load(out_rows_ + q * x.D + d), sum);
             delta_[q] = _mm512_reduce_add_ps(sum);
             lse_[q] = first + q < a.T ? lse[(x.head.b * a.H + x.head.h) * a.T + first + q] : 0;
         }
@@ -344,13 +353,16 @@ class Backward {
         int64_t stop = first + QUERIES, D = x.D;
         for (int64_t key = x.first_key(first); key < stop; key += KEYS) {
             int64_t count = stop - key < KEYS ? stop - key : KEYS;
-            product<false>({(uint32_t*)keys_ + key * D / 2, D / 2, 1}, {queries_, QUERIES}, scores_, QUERIES, count, QUERIES, D / 2);
-            product<false>({(uint32_t*)values_ + key * D / 2, D / 2, 1}, {douts_, QUERIES}, products_, QUERIES, count, QUERIES, D / 2);
+            product<false>({(uint32_t*)keys_ + key * D / 2, D / 2, 1}, {queries_, QUERIES}, scores_, QUERIES, count,
+                           QUERIES, D / 2);
+            product<false>({(uint32_t*)values_ + key * D / 2, D / 2, 1}, {douts_, QUERIES}, products_, QUERIES, count,
+                           QUERIES, D / 2);
             for (int64_t q = 0; q < QUERIES; q += LANES) slopes(first, q, key, count);
             Left weights = {(uint32_t*)weights_, QUERIES / 2, 1}, slopes = {(uint32_t*)slopes_, QUERIES / 2, 1};
             product<true>(weights, {dout_pairs_, D}, dvalues_ + key * D, D, count, D, QUERIES / 2);
             product<true>(slopes, {query_pairs_, D}, dkeys_ + key * D, D, count, D, QUERIES / 2);
-            product<true>({slope_pairs_, 1, QUERIES}, {key_pairs_ + key / 2 * D, D}, dqueries_, D, QUERIES, D, count / 2);
+            product<true>({slope_pairs_, 1, QUERIES}, {key_pairs_ + key / 2 * D, D}, dqueries_, D, QUERIES, D,
+                          count / 2);
         }
     }
 

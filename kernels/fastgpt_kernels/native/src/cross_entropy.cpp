@@ -2,8 +2,8 @@
 //
 //     loss = log sum_n e^{z_n} - z_t     dz_n = (softmax(z)_n - [n = t]) dloss
 //
-// A row stays in the cache for its passes: the maximum, the sum, and for the gradient one more. All sums are float32 in an
-// order that depends on the number of columns alone. Where a target does not count, loss and gradient are 0.
+// A row stays in the cache for its passes: the maximum, the sum, and for the gradient one more. All sums are float32 in
+// an order that depends on the number of columns alone. Where a target does not count, loss and gradient are 0.
 
 #include <math.h>
 
@@ -57,8 +57,8 @@ void clear(uint16_t* row, int64_t V) {
 extern "C" {
 
 // logits (rows, V), the rows z_row elements apart; targets (rows,); losses (rows,).
-void fastgpt_losses(const uint16_t* logits, int64_t z_row, const int64_t* targets, float* losses, int64_t rows, int64_t V,
-                    int64_t ignored, int threads) {
+void fastgpt_losses(const uint16_t* logits, int64_t z_row, const int64_t* targets, float* losses, int64_t rows,
+                    int64_t V, int64_t ignored, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const uint16_t* z = logits + i * z_row;
@@ -68,8 +68,8 @@ void fastgpt_losses(const uint16_t* logits, int64_t z_row, const int64_t* target
 
 // dlosses (rows,), or one for all rows where their step is 0; with `losses`, those are written as well.
 void fastgpt_loss_gradient(const uint16_t* logits, int64_t z_row, const int64_t* targets, const float* dlosses,
-                           int64_t dlosses_step, float* losses, uint16_t* gradient, int64_t g_row, int64_t rows, int64_t V,
-                           int64_t ignored, int threads) {
+                           int64_t dlosses_step, float* losses, uint16_t* gradient, int64_t g_row, int64_t rows,
+                           int64_t V, int64_t ignored, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const uint16_t* z = logits + i * z_row;

@@ -12,8 +12,8 @@ using namespace fastgpt;
 namespace {
 
 constexpr float TWICE_ROOT = 1.59576912160573f, CUBIC = 0.044715f;  // 2 sqrt(2 / pi)
-constexpr float SATURATED = 30.0f;  // beyond it s is 0 or 1, and a cube could overflow
-constexpr int64_t BLOCK = 4096;     // elements that a thread takes at a time
+constexpr float SATURATED = 30.0f;                                  // beyond it s is 0 or 1, and a cube could overflow
+constexpr int64_t BLOCK = 4096;                                     // elements that a thread takes at a time
 
 struct Part {
     Vec x, s;
@@ -21,14 +21,16 @@ struct Part {
 
 inline Part sigmoid(Vec number) {
     Vec x = clamped(number, SATURATED), square = _mm512_mul_ps(x, x);
-    Vec twice_u = _mm512_mul_ps(_mm512_mul_ps(x, broadcast(TWICE_ROOT)), _mm512_fmadd_ps(square, broadcast(CUBIC), broadcast(1)));
+    Vec twice_u =
+        _mm512_mul_ps(_mm512_mul_ps(x, broadcast(TWICE_ROOT)), _mm512_fmadd_ps(square, broadcast(CUBIC), broadcast(1)));
     Vec power = exp2(_mm512_mul_ps(twice_u, broadcast(-LOG2_E)));
     return {x, _mm512_div_ps(broadcast(1), _mm512_add_ps(broadcast(1), power))};
 }
 
 inline Vec slope(Vec number) {
     auto [x, s] = sigmoid(number);
-    Vec twice_du = _mm512_mul_ps(broadcast(TWICE_ROOT), _mm512_fmadd_ps(_mm512_mul_ps(x, x), broadcast(3 * CUBIC), broadcast(1)));
+    Vec twice_du =
+        _mm512_mul_ps(broadcast(TWICE_ROOT), _mm512_fmadd_ps(_mm512_mul_ps(x, x), broadcast(3 * CUBIC), broadcast(1)));
     Vec rest = _mm512_mul_ps(_mm512_mul_ps(x, s), _mm512_sub_ps(broadcast(1), s));
     return _mm512_fmadd_ps(rest, twice_du, s);
 }

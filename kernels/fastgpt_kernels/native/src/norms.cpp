@@ -4,13 +4,14 @@
 //     g = dy w     c = (s - mean) rstd     ds' = rstd (g - mean(g) - c mean(g c)) + ds
 //     dresidual = ds'     dx = kept ds' / (1 - r)     dw = sum over rows of dy c     db = sum over rows of dy
 //
-// s is rounded to bfloat16 and normalised as rounded. The sums over rows go through chunks of rows that do not depend on
-// the number of threads.
+// s is rounded to bfloat16 and normalised as rounded. The sums over rows go through chunks of rows that do not depend
+// on the number of threads.
 //
 // Source: Ba, Kiros and Hinton, "Layer Normalization" (2016), equations 3 and 4.
 
 #include <math.h>
 
+#include "chunks.h"
 #include "memory.h"
 #include "vectors.h"
 
@@ -18,7 +19,7 @@ using namespace fastgpt;
 
 namespace {
 
-constexpr int64_t CHUNK_ROWS = 64, MOST_CHUNKS = 256, BLOCK = 8192;
+constexpr int64_t BLOCK = 8192;
 
 // Numbers of a mask go on from row to row, with 4 elements to each.
 int64_t words(int64_t N) { return (N + 3) / 4; }
@@ -68,8 +69,8 @@ float variance_of(const uint16_t* s, int64_t N, float mean) {
 extern "C" {
 
 // Elements (n,) whose numbers go on from 0, or rows (rows, N) of them; residual may be null.
-void fastgpt_dropout(const uint16_t* x, const uint16_t* residual, uint16_t* y, int64_t rows, int64_t N, const Mask* mask,
-                     int threads) {
+void fastgpt_dropout(const uint16_t* x, const uint16_t* residual, uint16_t* y, int64_t rows, int64_t N,
+                     const Mask* mask, int threads) {
     if (N % 4 == 0) {  // no number is left over at the end of a row
         int64_t n = rows * N;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -83,9 +84,9 @@ void fastgpt_dropout(const uint16_t* x, const uint16_t* residual, uint16_t* y, i
 }
 
 // s is written where x is given; else the norm is of `residual` itself. mean and rstd (rows,) are for the backward.
-void fastgpt_layer_norm(const uint16_t* x, const uint16_t* residual, const uint16_t* weight, const uint16_t* bias, float eps,
-                        uint16_t* y, uint16_t* s, float* mean, float* rstd, int64_t rows, int64_t N, const Mask* mask,
-                        int threads) {
+void fastgpt_layer_norm(const uint16_t* x, const uint16_t* residual, const uint16_t* weight, const uint16_t* bias,
+                        float eps, uint16_t* y, uint16_t* s, float* mean, float* rstd, int64_t rows, int64_t N,
+                        const Mask* mask, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const uint16_t* row = residual + i * N;
@@ -106,19 +107,19 @@ void fastgpt_layer_norm(const uint16_t* x, const uint16_t* residual, const uint1
 // ds may be null; dx is written where it is given, and is else dresidual. dweight and dbias (N,) are bfloat16.
 void fastgpt_layer_norm_backward(const uint16_t* s, const uint16_t* weight, const float* mean, const float* rstd,
                                  const uint16_t* dy, const uint16_t* ds, uint16_t* dresidual, uint16_t* dx,
-                                 uint16_t* dweight, uint16_t* dbias, int64_t rows, int64_t N, const Mask* mask, int threads) {
-    int64_t size = rounded_up(rows, MOST_CHUNKS) / MOST_CHUNKS;
-    size = size > CHUNK_ROWS ? size : CHUNK_ROWS;
-    int64_t chunks = rounded_up(rows, size) / size, width = rounded_up(N, LANES);
+                                 uint16_t* dweight, uint16_t* dbias, int64_t rows, int64_t N, const Mask* mask,
+                                 int threads) {
+    Chunks chunks(rows);
+    int64_t width = rounded_up(N, LANES);
     Memory memory;
-    float* parts = memory.take<float>(chunks * 2 * width);
+    float* parts = memory.take<float>(chunks.count * 2 * width);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
             float *dw = parts + chunk * 2 * width, *db = dw + width;
             for (int64_t n = 0; n < 2 * width; n++) dw[n] = 0;
-            for (int64_t i = chunk * size; i < rows && i < (chunk + 1) * size; i++) {
+            for (int64_t i = chunks.first(chunk); i < chunks.stop(chunk); i++) {
                 const uint16_t *row = s + i * N, *in = dy + i * N;
                 Vec sum = _mm512_setzero_ps(), products = _mm512_setzero_ps();
                 each(N, [&](int64_t n, auto lanes) {
@@ -142,18 +143,8 @@ void fastgpt_layer_norm_backward(const uint16_t* s, const uint16_t* weight, cons
                 });
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < width; n += LANES) {
-            Vec dw = _mm512_setzero_ps(), db = _mm512_setzero_ps();
-            for (int64_t chunk = 0; chunk < chunks; chunk++) {
-                dw = _mm512_add_ps(dw, _mm512_load_ps(parts + chunk * 2 * width + n));
-                db = _mm512_add_ps(db, _mm512_load_ps(parts + chunk * 2 * width + width + n));
-            }
-            each(N - n < LANES ? N - n : LANES, [=](int64_t, auto lanes) {
-                store(dweight + n, dw, lanes);
-                store(dbias + n, db, lanes);
-            });
-        }
+        add_parts(parts, 2 * width, chunks.count, dweight, N);
+        add_parts(parts + width, 2 * width, chunks.count, dbias, N);
     }
 }
 }

@@ -3,8 +3,8 @@
 //     C (M x N) = or += A (M x 2K) B (2K x N)
 //
 // The instruction VDPBF16PS multiplies pairs: c += a_{2k} b_{2k} + a_{2k+1} b_{2k+1} in each of 16 lanes. So A is
-// read as words of two numbers that follow each other in k, one word for all lanes, from any place; and B lies as K rows
-// of N such words. Six rows by four vectors of C stay in registers.
+// read as words of two numbers that follow each other in k, one word for all lanes, from any place; and B lies as K
+// rows of N such words. Six rows by four vectors of C stay in registers.
 
 #pragma once
 
@@ -53,15 +53,21 @@ inline void tile(Left a, Right b, float* c, int64_t c_row, int64_t K) {
 template <int N, bool ADD>
 inline void columns(Left a, Right b, float* c, int64_t c_row, int64_t M, int64_t K) {
     int64_t m = 0;
-    for (; m + ROWS <= M; m += ROWS) tile<ROWS, N, ADD>({a.words + m * a.row, a.row, a.step}, b, c + m * c_row, c_row, K);
+    for (; m + ROWS <= M; m += ROWS)
+        tile<ROWS, N, ADD>({a.words + m * a.row, a.row, a.step}, b, c + m * c_row, c_row, K);
     a.words += m * a.row;
     c += m * c_row;
     switch (M - m) {
-        case 1: return tile<1, N, ADD>(a, b, c, c_row, K);
-        case 2: return tile<2, N, ADD>(a, b, c, c_row, K);
-        case 3: return tile<3, N, ADD>(a, b, c, c_row, K);
-        case 4: return tile<4, N, ADD>(a, b, c, c_row, K);
-        case 5: return tile<5, N, ADD>(a, b, c, c_row, K);
+        case 1:
+            return tile<1, N, ADD>(a, b, c, c_row, K);
+        case 2:
+            return tile<2, N, ADD>(a, b, c, c_row, K);
+        case 3:
+            return tile<3, N, ADD>(a, b, c, c_row, K);
+        case 4:
+            return tile<4, N, ADD>(a, b, c, c_row, K);
+        case 5:
+            return tile<5, N, ADD>(a, b, c, c_row, K);
     }
 }
 
@@ -71,10 +77,17 @@ inline void product(Left a, Right b, float* c, int64_t c_row, int64_t M, int64_t
     for (int64_t n = 0; n < N; n += VECTORS * LANES) {
         Right part = {b.words + n, b.row};
         switch ((N - n) / LANES) {
-            case 1: columns<1, ADD>(a, part, c + n, c_row, M, K); break;
-            case 2: columns<2, ADD>(a, part, c + n, c_row, M, K); break;
-            case 3: columns<3, ADD>(a, part, c + n, c_row, M, K); break;
-            default: columns<4, ADD>(a, part, c + n, c_row, M, K);
+            case 1:
+                columns<1, ADD>(a, part, c + n, c_row, M, K);
+                break;
+            case 2:
+                columns<2, ADD>(a, part, c + n, c_row, M, K);
+                break;
+            case 3:
+                columns<3, ADD>(a, part, c + n, c_row, M, K);
+                break;
+            default:
+                columns<4, ADD>(a, part, c + n, c_row, M, K);
         }
     }
 }

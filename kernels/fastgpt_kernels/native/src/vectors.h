@@ -47,7 +47,10 @@ inline void each(int64_t n, Work work) {
 }
 
 inline float widened(uint16_t bf16) {
-    union { uint32_t bits; float number; } both = {(uint32_t)bf16 << 16};
+    union {
+        uint32_t bits;
+        float number;
+    } both = {(uint32_t)bf16 << 16};
     return both.number;
 }
 
@@ -98,9 +101,7 @@ struct Mask {
     }
 
     // Which of 32 elements are kept that lie one after the other, from lane 0 of number c on.
-    __mmask32 row(int64_t c) const {
-        return _mm512_cmpge_epi16_mask(bits(c, 1), _mm512_set1_epi16((int16_t)bound));
-    }
+    __mmask32 row(int64_t c) const { return _mm512_cmpge_epi16_mask(bits(c, 1), _mm512_set1_epi16((int16_t)bound)); }
 };
 
 }  // namespace fastgpt
