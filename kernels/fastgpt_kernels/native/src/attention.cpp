@@ -23,6 +23,7 @@ using namespace fastgpt;
 namespace {
 
 constexpr int64_t QUERIES = 64, KEYS = 96;
+constexpr int64_t AHEAD = 16;  // rows
 
 // As attention.py describes it to ctypes; strides in elements.
 struct Attention {
@@ -37,6 +38,31 @@ struct Attention {
 
 struct Head {
     int64_t b, h;
+};
+
+// Keys `key` to `key` + `count` - 1 by the QUERIES queries from `first` on, and what of their products the diagonal
+// leaves.
+struct Tile {
+    int64_t first, key, count;
+
+    // How many keys the 16 queries from q on may see; even, as `key` is.
+    int64_t seen(int64_t q) const { return clamp(first + q + LANES - key, count); }
+
+    // For sums over D: keys by the queries that may see them.
+    auto scores(int64_t D) const {
+        return [=, *this](int64_t j) { return Part{0, D / 2, clamp((key + j - first) / LANES, QUERIES / LANES)}; };
+    }
+    // For sums over keys, in pairs: what the ROWS queries from q on may see of them.
+    auto over_keys() const {
+        return [*this](int64_t q) { return Part{0, clamp((first + q + ROWS - key + 1) / 2, count / 2), 0}; };
+    }
+    // For sums over queries, in pairs: those that may see the key j.
+    auto over_queries() const {
+        return [*this](int64_t j) { return Part{clamp((key + j - first) / 2, QUERIES / 2), QUERIES / 2, 0}; };
+    }
+
+  private:
+    static int64_t clamp(int64_t n, int64_t most) { return n < 0 ? 0 : n > most ? most : n; }
 };
 
 // What one thread needs of a head: its operands, packed, and which tiles are seen.
@@ -127,11 +153,13 @@ class Operands {
                    uint16_t* to) const {
         for (int64_t t = 0; t < count; t++, from += row, to += D) {
             int64_t d = 0;
-            if (t < there) {
-                if (column == 1)
-                    memcpy(to, from, a.D * 2), d = a.D;
-                else
-                    for (; d < a.D; d++) to[d] = from[d * column];
+            if (t < there && column == 1) {
+                // a row of one head is too short, and the next too far away, for the processor to foresee it
+                for (int64_t n = 0; n < a.D; n += 32) _mm_prefetch((const char*)(from + AHEAD * row + n), _MM_HINT_T0);
+                for (; d + 32 <= a.D; d += 32) _mm512_storeu_si512(to + d, _mm512_loadu_si512(from + d));
+                for (; d < a.D; d++) to[d] = from[d];
+            } else if (t < there) {
+                for (; d < a.D; d++) to[d] = from[d * column];
             }
             for (; d < D; d++) to[d] = 0;
         }
@@ -220,20 +248,21 @@ class Forward {
         int64_t start = x.first_key(first), stop = first + QUERIES;
         for (int64_t key = start; key < stop; key += KEYS) {
             int64_t count = stop - key < KEYS ? stop - key : KEYS;
+            Tile tile = {first, key, count};
             product<false>({(uint32_t*)keys_ + key * x.D / 2, x.D / 2, 1}, {queries_, QUERIES}, scores_, QUERIES, count,
-                           QUERIES, x.D / 2);
-            for (int64_t q = 0; q < QUERIES; q += LANES) soften(first, q, key, count);
+                           QUERIES, tile.scores(x.D));
+            for (int64_t q = 0; q < QUERIES; q += LANES) soften(tile, q);
             Left weights = {weights_, 1, QUERIES};
             Right values = {values_ + key / 2 * x.D, x.D};
             if (key == start) {
-                product<false>(weights, values, out_, x.D, QUERIES, x.D, count / 2);
+                product<false>(weights, values, out_, x.D, QUERIES, x.D, tile.over_keys());
             } else {
                 for (int64_t q = 0; q < QUERIES; q++)
                     for (int64_t d = 0; d < x.D; d += LANES) {
                         float* at = out_ + q * x.D + d;
                         _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), broadcast(shrinking_[q])));
                     }
-                product<true>(weights, values, out_, x.D, QUERIES, x.D, count / 2);
+                product<true>(weights, values, out_, x.D, QUERIES, x.D, tile.over_keys());
             }
         }
         for (int64_t q = 0; q < QUERIES && first + q < a.T; q++) {
@@ -245,8 +274,8 @@ class Forward {
     }
 
     // From the scores of 16 queries to their weights, and on with their maxima and sums.
-    void soften(int64_t first, int64_t q, int64_t key, int64_t count) {
-        int64_t query = first + q;
+    void soften(Tile tile, int64_t q) {
+        int64_t query = tile.first + q, key = tile.key, count = tile.seen(q);
         float* scores = scores_ + q;
         Vec factor = broadcast(x.a.scale * LOG2_E), before = _mm512_load_ps(maxima_ + q), maximum = before;
         if (x.hides(key, count, query)) {
@@ -276,6 +305,8 @@ class Forward {
             odd = _mm512_maskz_mov_ps(keeping.next(key + j + 1), odd);
             _mm512_store_si512(weights_ + j / 2 * QUERIES + q, words_of(even, odd));
         }
+        for (int64_t j = count; j < tile.count; j += 2)
+            _mm512_store_si512(weights_ + j / 2 * QUERIES + q, _mm512_setzero_si512());
         _mm512_store_ps(maxima_ + q, maximum);
         _mm512_store_ps(shrinking_ + q, shrinking);
         _mm512_store_ps(sums_ + q, _mm512_fmadd_ps(_mm512_load_ps(sums_ + q), shrinking, sum));
@@ -353,22 +384,23 @@ class Backward {
         int64_t stop = first + QUERIES, D = x.D;
         for (int64_t key = x.first_key(first); key < stop; key += KEYS) {
             int64_t count = stop - key < KEYS ? stop - key : KEYS;
+            Tile tile = {first, key, count};
             product<false>({(uint32_t*)keys_ + key * D / 2, D / 2, 1}, {queries_, QUERIES}, scores_, QUERIES, count,
-                           QUERIES, D / 2);
+                           QUERIES, tile.scores(D));
             product<false>({(uint32_t*)values_ + key * D / 2, D / 2, 1}, {douts_, QUERIES}, products_, QUERIES, count,
-                           QUERIES, D / 2);
-            for (int64_t q = 0; q < QUERIES; q += LANES) slopes(first, q, key, count);
+                           QUERIES, tile.scores(D));
+            for (int64_t q = 0; q < QUERIES; q += LANES) slopes(tile, q);
             Left weights = {(uint32_t*)weights_, QUERIES / 2, 1}, slopes = {(uint32_t*)slopes_, QUERIES / 2, 1};
-            product<true>(weights, {dout_pairs_, D}, dvalues_ + key * D, D, count, D, QUERIES / 2);
-            product<true>(slopes, {query_pairs_, D}, dkeys_ + key * D, D, count, D, QUERIES / 2);
+            product<true>(weights, {dout_pairs_, D}, dvalues_ + key * D, D, count, D, tile.over_queries());
+            product<true>(slopes, {query_pairs_, D}, dkeys_ + key * D, D, count, D, tile.over_queries());
             product<true>({slope_pairs_, 1, QUERIES}, {key_pairs_ + key / 2 * D, D}, dqueries_, D, QUERIES, D,
-                          count / 2);
+                          tile.over_keys());
         }
     }
 
     // From scores and do . v of 16 queries to their weights and to ds.
-    void slopes(int64_t first, int64_t q, int64_t key, int64_t count) {
-        int64_t query = first + q;
+    void slopes(Tile tile, int64_t q) {
+        int64_t query = tile.first + q, key = tile.key, count = tile.seen(q);
         bool hides = x.hides(key, count, query);
         Vec factor = broadcast(x.a.scale * LOG2_E), lse = _mm512_load_ps(lse_ + q), delta = _mm512_load_ps(delta_ + q);
         Vec keep = broadcast(x.a.mask.keep);
@@ -386,6 +418,11 @@ class Backward {
                 store(slopes_ + at, pair[i]);
             }
             _mm512_store_si512(slope_pairs_ + j / 2 * QUERIES + q, words_of(pair[0], pair[1]));
+        }
+        for (int64_t j = count; j < tile.count; j++) {
+            store(weights_ + j * QUERIES + q, _mm512_setzero_ps());
+            store(slopes_ + j * QUERIES + q, _mm512_setzero_ps());
+            if (j % 2 == 0) _mm512_store_si512(slope_pairs_ + j / 2 * QUERIES + q, _mm512_setzero_si512());
         }
     }
 

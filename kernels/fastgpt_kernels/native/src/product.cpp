@@ -61,11 +61,11 @@ enum Output {
 constexpr int64_t kTileRows = 8;
 constexpr int64_t kTileVectors = 3;
 constexpr int64_t kTileColumns = 16 * kTileVectors;
-constexpr int64_t kStrip = 16;              // rows of A, or columns of B, packed by one transpose
-constexpr int64_t kMaxDepth = 1664;         // of a block of k
-constexpr int64_t kMaxRows = 1024;          // of packed A, for each thread
-constexpr int64_t kMaxColumns = 3328;       // of a block of C
-constexpr int64_t kMostPanels = 4;          // of columns that stay in L2 together, and their bytes
+constexpr int64_t kStrip = 16;         // rows of A, or columns of B, packed by one transpose
+constexpr int64_t kMaxDepth = 1664;    // of a block of k
+constexpr int64_t kMaxRows = 1024;     // of packed A, for each thread
+constexpr int64_t kMaxColumns = 3328;  // of a block of C
+constexpr int64_t kMostPanels = 4;     // of columns that stay in L2 together, and their bytes
 constexpr int64_t kGroupBytes = 384 << 10;
 constexpr int64_t kBatchBytes = 128 << 10;  // of rows of A packed together
 constexpr int64_t kPairsPerPrefetch = 8;    // more often would slow the multiplication

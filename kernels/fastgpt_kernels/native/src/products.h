@@ -26,8 +26,9 @@ struct Right {
     int64_t row;
 };
 
+// Kept out of line: where it is not, the compiler keeps sums in memory.
 template <int M, int N, bool ADD>
-inline void tile(Left a, Right b, float* c, int64_t c_row, int64_t K) {
+__attribute__((noinline)) void tile(Left a, Right b, float* c, int64_t c_row, int64_t K) {
     Vec sums[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
@@ -50,44 +51,53 @@ inline void tile(Left a, Right b, float* c, int64_t c_row, int64_t K) {
         for (int n = 0; n < N; n++) _mm512_store_ps(c + m * c_row + n * LANES, sums[m][n]);
 }
 
-template <int N, bool ADD>
-inline void columns(Left a, Right b, float* c, int64_t c_row, int64_t M, int64_t K) {
-    int64_t m = 0;
-    for (; m + ROWS <= M; m += ROWS)
-        tile<ROWS, N, ADD>({a.words + m * a.row, a.row, a.step}, b, c + m * c_row, c_row, K);
-    a.words += m * a.row;
-    c += m * c_row;
-    switch (M - m) {
-        case 1:
-            return tile<1, N, ADD>(a, b, c, c_row, K);
-        case 2:
-            return tile<2, N, ADD>(a, b, c, c_row, K);
-        case 3:
-            return tile<3, N, ADD>(a, b, c, c_row, K);
-        case 4:
-            return tile<4, N, ADD>(a, b, c, c_row, K);
-        case 5:
-            return tile<5, N, ADD>(a, b, c, c_row, K);
+// The first and the last word, not included, of a row's sums; and how many vectors of its columns are left out.
+struct Part {
+    int64_t from, to, skipped;
+};
+
+// M rows, at most ROWS, by N columns, a multiple of 16.
+template <int M, bool ADD>
+inline void rows(Left a, Right b, float* c, int64_t c_row, int64_t N, Part part) {
+    a.words += part.from * a.step;
+    b.words += part.from * b.row;
+    for (int64_t n = part.skipped * LANES; n < N; n += VECTORS * LANES) {
+        Right there = {b.words + n, b.row};
+        switch ((N - n) / LANES) {
+            case 1:
+                tile<M, 1, ADD>(a, there, c + n, c_row, part.to - part.from);
+                break;
+            case 2:
+                tile<M, 2, ADD>(a, there, c + n, c_row, part.to - part.from);
+                break;
+            case 3:
+                tile<M, 3, ADD>(a, there, c + n, c_row, part.to - part.from);
+                break;
+            default:
+                tile<M, 4, ADD>(a, there, c + n, c_row, part.to - part.from);
+        }
     }
 }
 
-// N a multiple of 16; rows of B and C begin at multiples of 64 bytes.
-template <bool ADD>
-inline void product(Left a, Right b, float* c, int64_t c_row, int64_t M, int64_t N, int64_t K) {
-    for (int64_t n = 0; n < N; n += VECTORS * LANES) {
-        Right part = {b.words + n, b.row};
-        switch ((N - n) / LANES) {
+// N a multiple of 16; rows of B and C begin at multiples of 64 bytes. `part_of(m)` is the `Part` of rows m to
+// m + ROWS - 1: what is left out of sums must be zeros, and what is left out of columns is not written.
+template <bool ADD, typename PartOf>
+inline void product(Left a, Right b, float* c, int64_t c_row, int64_t M, int64_t N, PartOf part_of) {
+    for (int64_t m = 0; m < M; m += ROWS, a.words += ROWS * a.row, c += ROWS * c_row) {
+        Part part = part_of(m);
+        switch (M - m) {
             case 1:
-                columns<1, ADD>(a, part, c + n, c_row, M, K);
-                break;
+                return rows<1, ADD>(a, b, c, c_row, N, part);
             case 2:
-                columns<2, ADD>(a, part, c + n, c_row, M, K);
-                break;
+                return rows<2, ADD>(a, b, c, c_row, N, part);
             case 3:
-                columns<3, ADD>(a, part, c + n, c_row, M, K);
-                break;
+                return rows<3, ADD>(a, b, c, c_row, N, part);
+            case 4:
+                return rows<4, ADD>(a, b, c, c_row, N, part);
+            case 5:
+                return rows<5, ADD>(a, b, c, c_row, N, part);
             default:
-                columns<4, ADD>(a, part, c + n, c_row, M, K);
+                rows<6, ADD>(a, b, c, c_row, N, part);
         }
     }
 }

@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include <initializer_list>
+
 namespace fastgpt {
 
 using Vec = __m512;    // 16 float32
@@ -64,13 +66,10 @@ inline Vec exp2(Vec x) {
     x = clamped(x, 150.0f);
     Vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     Vec f = _mm512_sub_ps(x, whole);  // in [-1/2, 1/2]
-    // 2^f by its Taylor series, whose next term is below 2^-27
-    Vec y = _mm512_set1_ps(1.54035303933816e-4f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.33335581464284e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61812910762848e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55041086648216e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226506959101e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147180559945e-1f));
+    // 2^f to within 1.7e-7 of itself, and 1 at 0: the polynomial of this degree and constant term that is nearest
+    Vec y = broadcast(1.326472731e-3f);
+    for (float coefficient : {9.671512991e-3f, 5.550733581e-2f, 2.402224243e-1f, 6.931470037e-1f})
+        y = _mm512_fmadd_ps(y, f, broadcast(coefficient));
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(y, whole);
 }
