@@ -17,6 +17,7 @@ lint:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	lint-imports
+	clang-format --dry-run -Werror kernels/fastgpt_kernels/native/src/*
 
 test:
 	$(PYTHON) -m pytest

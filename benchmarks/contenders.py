@@ -3,7 +3,8 @@
 A contender has the operations that it offers as attributes, with the signatures of `fastgpt_kernels.ops`:
 
     triton        ours
-    torch         ours, PyTorch's best in the fewest passes: what a CPU runs
+    native        ours, C++ for bfloat16: what a CPU runs that multiplies it
+    torch         ours, PyTorch's best in the fewest passes: what other CPUs run
     eager         PyTorch's built-ins as a user composes them, with PyTorch's own dropout
     compile       the same under torch.compile
     sdpa-flash    scaled_dot_product_attention by one of its backends, with q, k and v apart: it has no packed
@@ -25,13 +26,15 @@ import torch.nn.functional as F
 from fastgpt_kernels import load_ops
 from fastgpt_kernels.builtin import BUILTIN
 from fastgpt_kernels.checks import Seed
+from fastgpt_kernels.native.library import reasons_against
+from fastgpt_kernels.ops import Ops
 from fastgpt_kernels.reference import visible
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.shapes import Scale
 
-OURS = ("triton", "torch")
+OURS = ("triton", "native", "torch")
 OPTIMIZER = ("adamw", "grad_norm")
 SDPA = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}
 LIGER = ("layer_norm", "cross_entropy", "linear_cross_entropy")
@@ -39,10 +42,10 @@ LIGER = ("layer_norm", "cross_entropy", "linear_cross_entropy")
 # torch.compile takes too long to compile. Any choice can be asked for.
 BY_SCALE: dict[Scale, tuple[str, ...]] = {
     "gpu": ("triton", "eager", "sdpa-flash", "sdpa-cudnn", "liger", "compile"),
-    "cpu": ("torch", "eager"),
+    "cpu": ("native", "torch", "eager"),
     "toy": ("triton", "torch", "eager", "sdpa-flash", "sdpa-cudnn", "liger"),
 }
-NAMES = ("triton", "torch", "eager", "sdpa-flash", "sdpa-cudnn", "liger", "compile")
+NAMES = ("triton", "native", "torch", "eager", "sdpa-flash", "sdpa-cudnn", "liger", "compile")
 
 
 class Unavailable(Exception):  # noqa: N818 - no error: a reason for an empty cell of a table
@@ -55,6 +58,8 @@ def offers(name: str, operation: str) -> bool:
         return operation == "causal_attention"
     if name == "liger":
         return operation in LIGER
+    if name == "native":
+        return operation not in OPTIMIZER  # which is the torch backend's
     return name != "compile" or operation not in (*OPTIMIZER, "decode_attention")
 
 
@@ -72,11 +77,22 @@ def load(name: str, device: str) -> Any:
         )
     if name == "compile":
         return compiled()
+    if name == "native":
+        return native(device)
     if device == "cpu":
         raise Unavailable("on a CPU its kernels run in the interpreter" if name == "triton" else "it needs a GPU")
     if name == "triton":
         return load_ops("triton")
     return liger() if name == "liger" else sdpa(SDPA[name])
+
+
+def native(device: str) -> Ops:
+    """Ours for a CPU."""
+    if device != "cpu":
+        raise Unavailable("it needs a CPU")
+    if reasons_against():
+        raise Unavailable("; ".join(reasons_against()))
+    return load_ops("native")
 
 
 def eager_attention(

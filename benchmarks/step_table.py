@@ -58,7 +58,8 @@ def section(rows: Iterable[Record]) -> Iterator[str]:
         return
     formula = next(iter(cases.values()))[0]["formula"]
     yield from ("### Training steps", "")
-    yield f"MFU is the model's work by time and GEMM roof, of peak the same by the data sheet's; counted as {formula}."
+    yield f"MFU is the model's work by time and GEMM roof, counted as {formula}."
+    yield "Of peak: the same by the data sheet's rate, on a CPU by that of its instruction in a loop over registers."
     yield "Phases, in ms, were measured apart from the updates. Memory: the most that PyTorch had allocated on a GPU, "
     yield "on a CPU the most that the process had resident."
     for case, members in cases.items():

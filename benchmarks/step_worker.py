@@ -154,6 +154,8 @@ class Worker:
     def roofs(self, scale: str) -> dict[str, Any]:
         """The roofs in the format that ours computes in, with as many threads as ours."""
         import torch
+        from fastgpt_kernels.native.library import reasons_against
+        from fastgpt_kernels.native.peak import peak_flops as native_peak_flops
 
         from benchmarks import roofs
         from fastgpt.engine.precision import DTYPES
@@ -164,6 +166,8 @@ class Worker:
         dtype = DTYPES[config.engine.precision]
         found = roofs.measure(self.device.type, scale, dtype)  # type: ignore[arg-type]
         peak = peak_flops(self.device) if dtype != torch.float32 else None
+        if dtype == torch.bfloat16 and self.device.type == "cpu" and not reasons_against():
+            peak = native_peak_flops()
         return found.record() | {"peak": peak, "threads": torch.get_num_threads()}
 
     def wait(self) -> None:

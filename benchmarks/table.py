@@ -23,7 +23,7 @@ KINDS = {
 }
 
 # ours first: the one whose rate and share a row shows is the first that was measured
-CONTENDERS = ("triton", "torch", "eager", "compile", "sdpa-flash", "sdpa-cudnn", "liger")
+CONTENDERS = ("triton", "native", "torch", "eager", "compile", "sdpa-flash", "sdpa-cudnn", "liger")
 
 
 def chosen(text: str) -> str:

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fastgpt_kernels import Ops, load_ops
+from fastgpt_kernels.native.library import reasons_against
+from fastgpt_kernels.native.peak import peak_flops
 from fastgpt_kernels.reference import visible
 
 from benchmarks import (
@@ -23,6 +25,7 @@ from benchmarks import (
     masks,
     report,
     results,
+    roofs,
     sanitizer,
     sanitizer_case,
     shapes,
@@ -210,7 +213,7 @@ def test_what_a_part_leaves_behind_is_ended(ending, group, tmp_path):
         ("gpu", ["--seconds", "-5"], "argument --seconds: '-5' is not a positive number of seconds"),
         ("gpu", ["--seconds", "nan"], "argument --seconds: 'nan' is not a positive number of seconds"),
         ("gpu", ["--contenders", "triton,eagre"], "'eagre' is not a contender; did you mean 'eager'?"),
-        ("gpu", ["--contenders", "nobody"], "'nobody' is not a contender; allowed: triton, torch, eager, compile, "),
+        ("gpu", ["--contenders", "nobody"], "'nobody' is not a contender; allowed: triton, native, torch, eager, "),
         (
             "gpu",
             ["--out", "/dev/null/folder"],
@@ -269,6 +272,30 @@ def test_a_results_file_survives_its_own_text(tmp_path):
     assert results.read(path) == record
     path.write_text('{"format": "of another"}')
     assert results.read(path) is None
+
+
+@on_a_cpu
+@pytest.mark.skipif(bool(reasons_against()), reason="; ".join(reasons_against()))
+def test_native_kernels_are_measured_where_they_run_and_a_gpu_is_no_place_for_them():
+    assert contenders.load("native", "cpu").name == "native"
+    with pytest.raises(contenders.Unavailable, match="it needs a CPU"):
+        contenders.load("native", "cuda")
+    assert not contenders.offers("native", "adamw") and contenders.offers("native", "linear")
+
+
+@pytest.mark.skipif(bool(reasons_against()), reason="; ".join(reasons_against()))
+def test_the_roof_of_a_cpu_is_the_faster_of_two_products(monkeypatch):
+    def seconds_of(call, device, repeats):
+        return found if isinstance(found := call(), float) else 1.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(roofs, "median_seconds", seconds_of)
+        for products in ((0.5, 0.25), (0.25, 0.5), (0.25,)):
+            patch.setattr(roofs, "_products", lambda a, b, products=products: (lambda x=x: x for x in products))
+            assert roofs.measure("cpu", "toy", torch.bfloat16).gemm == 2 * 128**3 / 0.25
+    assert len(list(roofs._products(*torch.ones(2, 128, 128, dtype=torch.bfloat16)))) == 2
+    assert len(list(roofs._products(*torch.ones(2, 128, 128)))) == 1
+    assert peak_flops() > 0
 
 
 @on_a_cpu
