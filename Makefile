@@ -30,7 +30,7 @@ gpu:
 
 compile-gate:
 	$(COMPILE)
-	$(WITH_OLDER_TRITON)
+	$(WITH_OLDER_TRITON) --no-float32-attention
 
 kernels-compiled:
 	$(WITH_OLDER_TRITON) --json "$$folder/rows.json" && \

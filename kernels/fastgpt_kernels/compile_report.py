@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -349,6 +350,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], help="only cases with all of these words: D=64 plain bfloat16")
     parser.add_argument("--gate", action="store_true", help="only the cases that CI compiles")
     parser.add_argument(
+        "--no-float32-attention",
+        action="store_true",
+        help="leave out what is there for tests and comparisons only, and takes a third of the time",
+    )
+    parser.add_argument(
         "--candidates", action="store_true", help="only attention's tiles that may be chosen and are not"
     )
     parser.add_argument("--jobs", type=positive_integer, default=1, help="processes")
@@ -363,7 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.beside and not options.markdown:
         parser.error("--beside is for the page of --markdown")
     whole = options.operations == operations and not options.only
-    if options.markdown and not (options.gate and whole and list(options.arch) == list(ARCHITECTURES)):
+    every = whole and not options.no_float32_attention
+    if options.markdown and not (options.gate and every and list(options.arch) == list(ARCHITECTURES)):
         parser.error("--markdown needs --gate, and all of it")
 
     work = [
@@ -374,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         and case.arch in (None, arch)
         and (case.gate or not options.gate)
         and (case.is_candidate or not options.candidates)
+        and not (options.no_float32_attention and (case.operation, case.dtype) == ("attention", torch.float32))
         and set(options.only) <= {*case.size.split(), str(case.dtype).removeprefix("torch.")}
     ]
     start = time.perf_counter()

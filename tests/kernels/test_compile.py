@@ -207,6 +207,21 @@ def test_the_exit_code_says_whether_all_is_well(options, row, code, monkeypatch,
     assert f"1 kernels, {len(row.faults())} with a fault" in printed
 
 
+def test_what_the_gate_leaves_out_is_attention_in_float32_and_no_kernel(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(compile_report, "compile_all", lambda work, jobs: asked.append(set(work)) or iter([[FINE]]))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    compile_report.main(["--gate"])
+    assert compile_report.main(["--gate", "--no-float32-attention"]) == 1  # for the kernels that are missing
+    assert "gelu.gelu_forward_kernel was not compiled for sm_80" in capsys.readouterr().out
+    everything, most = asked
+    cases = list(compile_cases.cases())
+    assert {(cases[number].operation, cases[number].dtype) for number, _ in everything - most} == {
+        ("attention", torch.float32)
+    }
+    assert most < everything and {cases[number].kernel for number, _ in most} == {c.kernel for c in cases}
+
+
 def test_nothing_to_compile_is_no_success(monkeypatch):
     monkeypatch.setattr(compile_report, "compile_all", lambda work, jobs: iter([]))
     monkeypatch.setattr(launch, "INTERPRETED", False)
@@ -227,6 +242,8 @@ def test_a_page_of_part_of_the_gate_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(SystemExit):
         compile_report.main(["--gate", "--arch", "sm_90", "--markdown", str(tmp_path / "page.md")])
+    with pytest.raises(SystemExit):
+        compile_report.main(["--gate", "--no-float32-attention", "--markdown", str(tmp_path / "page.md")])
     assert "--markdown needs --gate, and all of it" in capsys.readouterr().err
 
 
