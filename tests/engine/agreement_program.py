@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastgpt_kernels import load_ops
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.step_contenders import adamw
 from benchmarks.step_models import PlainGPT
 from fastgpt.config import Config
 from fastgpt.data.source import Batch, RandomSource
+from fastgpt.engine.backend import ops_for
 from fastgpt.engine.base import told
+from fastgpt.engine.precision import DTYPES
 from fastgpt.engine.prepare import prepare
 from fastgpt.engine.ranks import Ranks, join, leave
 from fastgpt.engine.schedule import learning_rate
@@ -71,8 +72,9 @@ def losses_of(run: dict[str, Any], ranks: Ranks) -> list[float]:
     source = progressions(config, ranks)
     if run["kind"].startswith("plain"):
         return plain_losses(config, source, ranks, low=run["kind"] == "plain-low")
+    ops = ops_for("auto", torch.device("cpu"), DTYPES[run["precision"]])  # as `fastgpt train` chooses
     engine = prepare(
-        lambda: GPT(config.model, load_ops("torch")),
+        lambda: GPT(config.model, ops),
         config,
         kind=run["kind"],
         precision=run["precision"],
