@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from fastgpt_kernels import accumulate
 from torch import Tensor
 
 
@@ -40,7 +41,7 @@ class MainGradients:
             if master.grad is None:
                 master.grad = self._sum(name, master).copy_(weight.grad)
             else:
-                master.grad.add_(weight.grad)
+                accumulate(master.grad, weight.grad)
             weight.grad = None
 
     def all(self) -> list[Tensor]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fastgpt_kernels import FusedAdamW, grad_norm
+from fastgpt_kernels import FusedAdamW, accumulate, grad_norm
 from torch import Tensor
 
 from fastgpt.engine.optimizer import gradient_factor
@@ -50,7 +50,7 @@ class OnePass:
         total, begun = self.fp32_groups_gradients[group_idx][param_idx], self.fp32_groups_has_gradients[group_idx]
         gradient = lp_param.grad.view(-1)
         if begun[param_idx]:
-            total.add_(gradient)
+            accumulate(total, gradient)
         else:
             total.copy_(gradient)
             begun[param_idx] = True
