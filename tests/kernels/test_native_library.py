@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from fastgpt_kernels import UnsupportedInput, load_ops
-from fastgpt_kernels.native import library
+from fastgpt_kernels.native import library, peak
 
 NEEDED = pytest.mark.skipif(bool(library.reasons_against()), reason="; ".join(library.reasons_against()))
 PROGRAM = "from fastgpt_kernels import load_ops; print(load_ops('native').name)"
@@ -88,6 +88,13 @@ def test_a_change_of_the_sources_is_compiled_anew(monkeypatch, tmp_path):
     assert library._compiled(library._folder()) == first
     (sources / "gelu.cpp").write_text((sources / "gelu.cpp").read_text() + "// changed\n")
     assert library._compiled(library._folder()) != first
+
+
+@NEEDED
+def test_the_loop_that_measures_the_cpu_has_every_instruction_that_is_counted():
+    command = [library._compiler(), *library.FLAGS, "-S", "-o", "-", str(library.SOURCES / "peak.cpp")]
+    assembly = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert assembly.count("vdpbf16ps") * 64 == peak.OPERATIONS
 
 
 def test_the_sources_are_part_of_the_package():

@@ -17,7 +17,8 @@ extern "C" void fastgpt_multiplications(float* sums, int64_t rounds, int threads
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
         Vec chains[CHAINS];
-        for (int i = 0; i < CHAINS; i++) chains[i] = _mm512_setzero_ps();
+        // from different numbers: equal chains the compiler would compute once
+        for (int i = 0; i < CHAINS; i++) chains[i] = broadcast((float)i);
         Ints ones = _mm512_set1_epi32(0x3f803f80);
         for (int64_t round = 0; round < rounds; round++) {
 #pragma GCC unroll 16
