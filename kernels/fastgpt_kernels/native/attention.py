@@ -63,7 +63,6 @@ def _(
 @torch.library.custom_op("fastgpt::native_attention_backward", mutates_args=())
 def _attention_backward(
     qkv: Tensor,
-    out: Tensor,
     lse: Tensor,
     dout: Tensor,
     scale: float,
@@ -72,18 +71,17 @@ def _attention_backward(
     window: int | None,
     document_ids: Tensor | None,
 ) -> Tensor:
-    """The gradient of qkv, which lies in memory as qkv does; out, lse and dout are contiguous."""
+    """The gradient of qkv, which lies in memory as qkv does; lse and dout are contiguous."""
     dqkv = torch.empty_like(qkv)
     strides = (ctypes.c_int64 * 5)(*dqkv.stride())
     problem = _Problem(qkv, scale, dropout_p, seed, window, document_ids)
-    call("fastgpt_attention_backward", problem.description, out, lse, dout, dqkv, strides)
+    call("fastgpt_attention_backward", problem.description, lse, dout, dqkv, strides)
     return dqkv
 
 
 @_attention_backward.register_fake
 def _(
     qkv: Tensor,
-    out: Tensor,
     lse: Tensor,
     dout: Tensor,
     scale: float,
@@ -101,15 +99,14 @@ def _setup_context(
     output: tuple[Tensor, Tensor],
 ) -> None:
     qkv, ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, seed, document_ids)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, output[1], seed, document_ids)
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, out, lse, seed, document_ids = ctx.saved_tensors
+    qkv, lse, seed, document_ids = ctx.saved_tensors
     dqkv: Tensor = _attention_backward(
-        qkv, out, lse, dout.contiguous(), ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids
+        qkv, lse, dout.contiguous(), ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids
     )
     return dqkv, None, None, None, None, None
 

@@ -2,7 +2,7 @@
 //
 //     s_ij = scale q_i . k_j     p_ij = 2^(s_ij log2(e) - lse_i)     lse_i = log2 sum_j e^{s_ij}
 //     o_i  = sum_j z_ij p_ij v_j                                    z_ij = 1 / (1 - r) where kept, else 0
-//     ds_ij = p_ij (z_ij do_i . v_j - delta_i)                      delta_i = do_i . o_i
+//     ds_ij = p_ij (z_ij do_i . v_j - delta_i)                      delta_i = sum_j p_ij z_ij do_i . v_j
 //     dv_j = sum_i z_ij p_ij do_i     dq_i = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i
 //
 // A tile has KEYS keys as rows and QUERIES queries as columns: a vector holds one key and 16 queries, so that maxima
@@ -330,22 +330,20 @@ class Backward {
         dkeys_ = memory_.take<float>(x.T * x.D);
         dvalues_ = memory_.take<float>(x.T * x.D);
         rows_ = memory_.take<uint16_t>(block);
-        out_rows_ = memory_.take<uint16_t>(block);
         queries_ = memory_.take<uint32_t>(block / 2);
         query_pairs_ = memory_.take<uint32_t>(block / 2);
         douts_ = memory_.take<uint32_t>(block / 2);
         dout_pairs_ = memory_.take<uint32_t>(block / 2);
         dqueries_ = memory_.take<float>(block);
-        scores_ = memory_.take<float>(KEYS * QUERIES);
-        products_ = memory_.take<float>(KEYS * QUERIES);
+        scores_ = memory_.take<float>(x.T * QUERIES);  // of all keys, then their weights
+        dweights_ = memory_.take<float>(x.T * QUERIES);
         weights_ = memory_.take<uint16_t>(KEYS * QUERIES);
         slopes_ = memory_.take<uint16_t>(KEYS * QUERIES);
         slope_pairs_ = memory_.take<uint32_t>(KEYS * QUERIES / 2);
     }
 
     // dqkv has strides of its own.
-    void run(Head head, const uint16_t* out, const float* lse, const uint16_t* dout, uint16_t* dqkv,
-             const int64_t* strides) {
+    void run(Head head, const float* lse, const uint16_t* dout, uint16_t* dqkv, const int64_t* strides) {
         const Attention& a = x.a;
         x.start(head);
         x.rows(1, 0, x.T, keys_);
@@ -355,7 +353,7 @@ class Backward {
         memset(dvalues_, 0, x.T * x.D * 4);
         uint16_t* at = dqkv + head.b * strides[0] + head.h * strides[3];
         for (int64_t first = 0; first < a.T; first += QUERIES) {
-            block(first, out, lse, dout);
+            block(first, lse, dout);
             int64_t count = a.T - first < QUERIES ? a.T - first : QUERIES;
             write_rows(dqueries_, x.D, count, a.D, a.scale, at + first * strides[1], strides[1], strides[4]);
         }
@@ -364,15 +362,11 @@ class Backward {
     }
 
   private:
-    void block(int64_t first, const uint16_t* out, const float* lse, const uint16_t* dout) {
+    void block(int64_t first, const float* lse, const uint16_t* dout) {
         const Attention& a = x.a;
         x.rows(dout, first, QUERIES, rows_);
-        x.rows(out, first, QUERIES, out_rows_);
         for (int64_t q = 0; q < QUERIES; q++) {
-            Vec sum = _mm512_setzero_ps();
-            for (int64_t d = 0; d < x.D; d += LANES)
-                sum = _mm512_fmadd_ps(load(rows_ + q * x.D + d), load(out_rows_ + q * x.D + d), sum);
-            delta_[q] = _mm512_reduce_add_ps(sum);
+            delta_[q] = 0;
             lse_[q] = first + q < a.T ? lse[(x.head.b * a.H + x.head.h) * a.T + first + q] : 0;
         }
         x.pairs(rows_, QUERIES, dout_pairs_);
@@ -381,56 +375,72 @@ class Backward {
         x.pairs(rows_, QUERIES, query_pairs_);
         x.transposed(rows_, queries_);
         memset(dqueries_, 0, QUERIES * x.D * 4);
-        int64_t stop = first + QUERIES, D = x.D;
-        for (int64_t key = x.first_key(first); key < stop; key += KEYS) {
-            int64_t count = stop - key < KEYS ? stop - key : KEYS;
-            Tile tile = {first, key, count};
-            product<false>({(uint32_t*)keys_ + key * D / 2, D / 2, 1}, {queries_, QUERIES}, scores_, QUERIES, count,
+        // delta needs all keys of a query: the first round is for it, the weights and dv, the second for ds
+        int64_t start = x.first_key(first), stop = first + QUERIES, D = x.D;
+        for (int64_t key = start; key < stop; key += KEYS) {
+            Tile tile = {first, key, stop - key < KEYS ? stop - key : KEYS};
+            float *scores = scores_ + (key - start) * QUERIES, *dweights = dweights_ + (key - start) * QUERIES;
+            product<false>({(uint32_t*)keys_ + key * D / 2, D / 2, 1}, {queries_, QUERIES}, scores, QUERIES, tile.count,
                            QUERIES, tile.scores(D));
-            product<false>({(uint32_t*)values_ + key * D / 2, D / 2, 1}, {douts_, QUERIES}, products_, QUERIES, count,
-                           QUERIES, tile.scores(D));
-            for (int64_t q = 0; q < QUERIES; q += LANES) slopes(tile, q);
-            Left weights = {(uint32_t*)weights_, QUERIES / 2, 1}, slopes = {(uint32_t*)slopes_, QUERIES / 2, 1};
-            product<true>(weights, {dout_pairs_, D}, dvalues_ + key * D, D, count, D, tile.over_queries());
-            product<true>(slopes, {query_pairs_, D}, dkeys_ + key * D, D, count, D, tile.over_queries());
+            product<false>({(uint32_t*)values_ + key * D / 2, D / 2, 1}, {douts_, QUERIES}, dweights, QUERIES,
+                           tile.count, QUERIES, tile.scores(D));
+            for (int64_t q = 0; q < QUERIES; q += LANES) weigh(tile, q, scores + q, dweights + q);
+            product<true>({(uint32_t*)weights_, QUERIES / 2, 1}, {dout_pairs_, D}, dvalues_ + key * D, D, tile.count, D,
+                          tile.over_queries());
+        }
+        for (int64_t key = start; key < stop; key += KEYS) {
+            Tile tile = {first, key, stop - key < KEYS ? stop - key : KEYS};
+            const float *weights = scores_ + (key - start) * QUERIES, *dweights = dweights_ + (key - start) * QUERIES;
+            for (int64_t q = 0; q < QUERIES; q += LANES) slopes(tile, q, weights + q, dweights + q);
+            product<true>({(uint32_t*)slopes_, QUERIES / 2, 1}, {query_pairs_, D}, dkeys_ + key * D, D, tile.count, D,
+                          tile.over_queries());
             product<true>({slope_pairs_, 1, QUERIES}, {key_pairs_ + key / 2 * D, D}, dqueries_, D, QUERIES, D,
                           tile.over_keys());
         }
     }
 
-    // From scores and do . v of 16 queries to their weights and to ds.
-    void slopes(Tile tile, int64_t q) {
+    // From the scores of 16 queries to their weights, in their place; from do . v to z do . v; and on with delta.
+    void weigh(Tile tile, int64_t q, float* scores, float* dweights) {
         int64_t query = tile.first + q, key = tile.key, count = tile.seen(q);
         bool hides = x.hides(key, count, query);
-        Vec factor = broadcast(x.a.scale * LOG2_E), lse = _mm512_load_ps(lse_ + q), delta = _mm512_load_ps(delta_ + q);
-        Vec keep = broadcast(x.a.mask.keep);
+        Vec factor = broadcast(x.a.scale * LOG2_E), keep = broadcast(x.a.mask.keep);
+        Vec lse = _mm512_load_ps(lse_ + q), delta = _mm512_load_ps(delta_ + q);
         Keeping keeping(x, query);
-        for (int64_t j = 0; j < count; j += 2) {
-            Vec pair[2];
-            for (int i = 0; i < 2; i++) {
-                int64_t at = (j + i) * QUERIES + q;
-                Vec p = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores_ + at), factor, lse));
-                if (hides) p = _mm512_maskz_mov_ps(x.seeing(key + j + i, query), p);
-                __mmask16 kept = keeping.next(key + j + i);
-                Vec dp = _mm512_maskz_mul_ps(kept, _mm512_load_ps(products_ + at), keep);
-                pair[i] = _mm512_mul_ps(p, _mm512_sub_ps(dp, delta));
-                store(weights_ + at, _mm512_maskz_mov_ps(kept, p));
-                store(slopes_ + at, pair[i]);
-            }
-            _mm512_store_si512(slope_pairs_ + j / 2 * QUERIES + q, words_of(pair[0], pair[1]));
+        for (int64_t j = 0; j < count; j++, scores += QUERIES, dweights += QUERIES) {
+            Vec p = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores), factor, lse));
+            if (hides) p = _mm512_maskz_mov_ps(x.seeing(key + j, query), p);
+            __mmask16 kept = keeping.next(key + j);
+            Vec dp = _mm512_maskz_mul_ps(kept, _mm512_load_ps(dweights), keep);
+            delta = _mm512_fmadd_ps(p, dp, delta);
+            _mm512_store_ps(scores, p);
+            _mm512_store_ps(dweights, dp);
+            store(weights_ + j * QUERIES + q, _mm512_maskz_mov_ps(kept, p));
         }
-        for (int64_t j = count; j < tile.count; j++) {
-            store(weights_ + j * QUERIES + q, _mm512_setzero_ps());
-            store(slopes_ + j * QUERIES + q, _mm512_setzero_ps());
-            if (j % 2 == 0) _mm512_store_si512(slope_pairs_ + j / 2 * QUERIES + q, _mm512_setzero_si512());
+        for (int64_t j = count; j < tile.count; j++) store(weights_ + j * QUERIES + q, _mm512_setzero_ps());
+        _mm512_store_ps(delta_ + q, delta);
+    }
+
+    // From the weights of 16 queries, and z do . v, to ds.
+    void slopes(Tile tile, int64_t q, const float* weights, const float* dweights) {
+        int64_t count = tile.seen(q);
+        Vec delta = _mm512_load_ps(delta_ + q);
+        auto slope = [=](int64_t j) {
+            Vec difference = _mm512_sub_ps(_mm512_load_ps(dweights + j * QUERIES), delta);
+            return _mm512_mul_ps(_mm512_load_ps(weights + j * QUERIES), difference);
+        };
+        for (int64_t j = 0; j < tile.count; j += 2) {
+            Vec even = j < count ? slope(j) : _mm512_setzero_ps(), odd = j < count ? slope(j + 1) : _mm512_setzero_ps();
+            store(slopes_ + j * QUERIES + q, even);
+            store(slopes_ + (j + 1) * QUERIES + q, odd);
+            _mm512_store_si512(slope_pairs_ + j / 2 * QUERIES + q, words_of(even, odd));
         }
     }
 
     Memory memory_;
     Operands x;
-    uint16_t *keys_, *values_, *rows_, *out_rows_, *weights_, *slopes_;
+    uint16_t *keys_, *values_, *rows_, *weights_, *slopes_;
     uint32_t *key_pairs_, *queries_, *query_pairs_, *douts_, *dout_pairs_, *slope_pairs_;
-    float *dkeys_, *dvalues_, *dqueries_, *scores_, *products_;
+    float *dkeys_, *dvalues_, *dqueries_, *scores_, *dweights_;
     alignas(64) float lse_[QUERIES], delta_[QUERIES];
 };
 
@@ -447,13 +457,13 @@ void fastgpt_attention(const Attention* a, uint16_t* out, float* lse, int thread
     }
 }
 
-void fastgpt_attention_backward(const Attention* a, const uint16_t* out, const float* lse, const uint16_t* dout,
-                                uint16_t* dqkv, const int64_t* strides, int threads) {
+void fastgpt_attention_backward(const Attention* a, const float* lse, const uint16_t* dout, uint16_t* dqkv,
+                                const int64_t* strides, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Backward backward(*a);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a->B * a->H; i++) backward.run({i / a->H, i % a->H}, out, lse, dout, dqkv, strides);
+        for (int64_t i = 0; i < a->B * a->H; i++) backward.run({i / a->H, i % a->H}, lse, dout, dqkv, strides);
     }
 }
 }
