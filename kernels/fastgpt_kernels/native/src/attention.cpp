@@ -6,9 +6,10 @@
 //     dv_j = sum_i z_ij p_ij do_i     dq_i = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i
 //
 // A tile has KEYS keys as rows and QUERIES queries as columns: a vector holds one key and 16 queries, so that maxima
-// and sums over keys need nothing across lanes. Scores, weights, and all sums are float32; the weights and ds are
-// rounded to bfloat16 for their products, as q, k, v and do are already. Tiles that nobody sees are not visited.
-// Positions beyond T are zeros: such keys lie in every query's future, and such queries have a gradient of zeros.
+// and sums over keys need nothing across lanes. delta is not do_i . o_i, which would have the rounding of o. Scores,
+// weights, and all sums are float32; the weights and ds are rounded to bfloat16 for their products, as q, k, v and do
+// are already. Tiles that nobody sees are not visited. Positions beyond T are zeros: such keys lie in every query's
+// future, and such queries have a gradient of zeros.
 //
 // Source: Dao, "FlashAttention-2" (2023), sections 3.1 and 3.2.
 
@@ -407,7 +408,8 @@ class Backward {
         Vec lse = _mm512_load_ps(lse_ + q), delta = _mm512_load_ps(delta_ + q);
         Keeping keeping(x, query);
         for (int64_t j = 0; j < count; j++, scores += QUERIES, dweights += QUERIES) {
-            Vec p = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores), factor, lse));
+            // rounded as in the forward, whose sums lse has: the weight of an only key is 1
+            Vec p = exp2(_mm512_sub_ps(_mm512_mul_ps(_mm512_load_ps(scores), factor), lse));
             if (hides) p = _mm512_maskz_mov_ps(x.seeing(key + j, query), p);
             __mmask16 kept = keeping.next(key + j);
             Vec dp = _mm512_maskz_mul_ps(kept, _mm512_load_ps(dweights), keep);
