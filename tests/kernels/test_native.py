@@ -374,3 +374,12 @@ def test_compiled_code_calls_the_same(name):
     torch._dynamo.reset()
     call = torch.compile(lambda x: NATIVE.causal_attention(x, **options), fullgraph=True, backend="aot_eager")
     assert same(output_and_gradients(call, [qkv]), attention_and_gradient(qkv, **options))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.9])
+@pytest.mark.parametrize(("T", "D"), [(1, 96), (17, 257), (127, 300)])
+def test_what_cancels_in_the_gradient_of_scores_cancels_for_large_numbers_too(T, D, dropout_p):
+    """Where one key has all the weight ds is 0, as the difference of numbers that are anything but."""
+    qkv = normal(3, T, 3, 3, D, by=5.0)
+    assert_attention_is_close(qkv, scale=2.0, dropout_p=dropout_p, seed=SEED)
+    assert_attention_is_close(qkv, window=1, dropout_p=dropout_p, seed=SEED)

@@ -24,6 +24,7 @@ SOURCES = Path(__file__).with_name("src")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"),
+    "-ffp-contract=off",  # a product is fused with a sum only where the code says so
     "-Wno-maybe-uninitialized",  # GCC's own headers leave registers undefined on purpose
     *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
 )
