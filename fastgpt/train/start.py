@@ -1,5 +1,6 @@
 """What a process of training sets up for itself before it builds a model."""
 
+import logging
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,8 @@ from fastgpt.engine.host import available_cores, prepare_host
 from fastgpt.engine.precision import DTYPES, resolve_precision
 from fastgpt.engine.ranks import Ranks
 from fastgpt.finetune_config import FinetuneConfig
+
+log = logging.getLogger(__name__)
 
 C = TypeVar("C", Config, FinetuneConfig)
 
@@ -40,8 +43,19 @@ def set_up(config: C, device: torch.device, ranks: Ranks | None = None, *, threa
         prepare_compiler(device, ranks)
     # timed with these threads, and by one rank for all
     precision = ranks.on_first(lambda: resolve_precision(config.engine.precision, device))
-    backend = ops_for(config.kernels.backend, device, DTYPES[precision]).name
+    backend = _agreed(ops_for(config.kernels.backend, device, DTYPES[precision]).name, ranks)
+    if backend == "native" and precision != "bf16":
+        log.info("kernels.backend: native is for bf16 on a CPU; in %s its operations are those of torch", precision)
     tree = config.model_dump()
     tree["kernels"]["backend"] = backend
     tree["engine"] |= {"precision": precision, "threads": threads}
     return type(config).model_validate(tree)
+
+
+def _agreed(backend: str, ranks: Ranks) -> str:
+    """The backend of all ranks, whose hosts may differ in what they can run."""
+    found = sorted(set(ranks.gather(backend)))
+    if len(found) == 1:
+        return backend
+    log.info("kernels.backend: torch, because the hosts of the ranks run different kernels: %s", ", ".join(found))
+    return "torch"

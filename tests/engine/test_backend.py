@@ -8,6 +8,7 @@ from fastgpt_kernels.native.library import reasons_against
 from fastgpt.engine import backend
 from fastgpt.engine.backend import ops_for
 from fastgpt.errors import UserError
+from fastgpt.train import start
 
 CPU = torch.device("cpu")
 
@@ -38,3 +39,16 @@ def test_auto_is_torch_where_native_cannot_run_and_says_why(
     assert "kernels.backend auto: torch, because the native kernels cannot run: this CPU has no fma" in caplog.text
     with pytest.raises(UserError, match=r"kernels\.backend: The backend 'native' cannot run here: - this CPU has no f"):
         ops_for("native", CPU)
+
+
+@pytest.mark.parametrize(
+    ("others", "agreed"), [([], "native"), (["native"], "native"), (["torch"], "torch"), (["native", "torch"], "torch")]
+)
+def test_hosts_that_differ_run_what_all_can(others: list[str], agreed: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Several:
+        def gather(self, value: str) -> list[str]:
+            return [value, *others]
+
+    with caplog.at_level(logging.INFO):
+        assert start._agreed("native", Several()) == agreed  # type: ignore[arg-type]
+    assert ("the hosts of the ranks run different kernels: native, torch" in caplog.text) == (agreed == "torch")

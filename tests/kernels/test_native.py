@@ -276,7 +276,7 @@ def test_a_product_has_the_same_bits_with_any_number_of_threads(threads):
 def test_what_has_few_rows_or_matrix_units_is_pytorch_s(monkeypatch):
     x, weight, bias = normal(linear.FEWEST_ROWS, 8), normal(4, 8), normal(4)
     assert linear.multiplies(x, weight) and not linear.multiplies(x[1:], weight)
-    monkeypatch.setattr(linear, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(linear, "MATRIX_UNITS", True)
     assert not linear.multiplies(x, weight)
     assert torch.equal(NATIVE.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
 
@@ -383,3 +383,19 @@ def test_what_cancels_in_the_gradient_of_scores_cancels_for_large_numbers_too(T,
     qkv = normal(3, T, 3, 3, D, by=5.0)
     assert_attention_is_close(qkv, scale=2.0, dropout_p=dropout_p, seed=SEED)
     assert_attention_is_close(qkv, window=1, dropout_p=dropout_p, seed=SEED)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_block_s_operations_are_compiled_as_one_graph(backend):
+    x, weight, bias = normal(20, 32), normal(32, 32, by=0.2), normal(32)
+
+    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        normed, s = NATIVE.add_layer_norm(x, x * 0.5, bias, bias, dropout_p=P, seed=SEED)
+        y = NATIVE.linear(NATIVE.linear_gelu(normed, weight, bias), weight, bias)
+        return NATIVE.logits(NATIVE.dropout_add(y, s, P, SEED), weight)
+
+    torch._dynamo.reset()
+    call = torch.compile(block, fullgraph=True, backend=backend)
+    ours, plain = (output_and_gradients(f, [x, weight, bias]) for f in (call, block))
+    for our, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(our, expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())

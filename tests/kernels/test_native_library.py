@@ -56,6 +56,38 @@ def test_the_compiler_s_own_words_are_passed_on(monkeypatch, tmp_path):
 
 
 @NEEDED
+def test_a_damaged_library_is_compiled_again_and_never_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = library._compiled(library._folder())
+    whole = made.read_bytes()
+    (made.parent / "tmpkilled").mkdir()
+    for damaged in (whole[: len(whole) // 2], whole[: len(whole) // 2] + bytes(len(whole) // 2), b"", None):
+        made.write_bytes(damaged) if damaged is not None else library._seal(made).unlink()
+        assert library._compiled(library._folder()) == made and library._is_whole(made)
+    assert {path.name for path in made.parent.iterdir()} == {made.name, library._seal(made).name, "lock"}
+
+
+@NEEDED
+def test_a_folder_that_others_may_write_is_refused(monkeypatch, tmp_path):
+    folder = tmp_path / "fastgpt" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert f"{folder} is not yours alone to write" in refusal()
+
+
+@NEEDED
+def test_a_compiler_may_speak_any_language(monkeypatch, tmp_path):
+    program = tmp_path / "g++"
+    told = "if [ $1 = --version ]; then printf 'g++ \\374'; else printf '\\374 wrong' >&2; exit 1; fi"
+    program.write_text(f"#!/bin/sh\n{told}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(library, "_compiler", lambda: str(program))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "wrong" in refusal()
+
+
+@NEEDED
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -99,4 +131,6 @@ def test_the_loop_that_measures_the_cpu_has_every_instruction_that_is_counted():
 
 def test_the_sources_are_part_of_the_package():
     names = {path.name for path in Path(library.SOURCES).iterdir()}
-    assert {"attention.cpp", "cross_entropy.cpp", "gelu.cpp", "norms.cpp", "vectors.h"} <= names
+    products = {"attention.cpp", "product.cpp", "products.h"}
+    rest = {"cross_entropy.cpp", "gelu.cpp", "norms.cpp", "sums.cpp", "peak.cpp", "chunks.h", "memory.h", "vectors.h"}
+    assert names == products | rest

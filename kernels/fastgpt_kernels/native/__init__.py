@@ -1,7 +1,8 @@
 """C++ for CPUs that multiply bfloat16 (AVX512-BF16), compiled at first use.
 
 What it has is for bfloat16 alone; for other dtypes, and for what a CPU's time does not go into, each operation is that
-of `fastgpt_kernels.torch_ops`. Dropout masks are the same as there.
+of `fastgpt_kernels.torch_ops`. Dropout masks are the same as there. There are no second derivatives but those of
+what is the torch backend's, and no batching rules (`vmap`).
 """
 
 from fastgpt_kernels.native.attention import causal_attention

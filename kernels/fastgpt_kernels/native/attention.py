@@ -44,12 +44,12 @@ def _documents(ids: Tensor) -> tuple[Tensor, Tensor]:
 def _attention(
     qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, window: int | None, document_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, T, H, D) and, for the backward, the logarithms of its sums to base 2, (B, H, T) in float32."""
+    """The output (B, T, H, D) and, for the backward, maxima and sums of its weights, (B, H, 2, T) in float32."""
     B, T, _, H, D = qkv.shape
-    out, lse = qkv.new_empty((B, T, H, D)), qkv.new_empty((B, H, T), dtype=torch.float32)
+    out, statistics = qkv.new_empty((B, T, H, D)), qkv.new_empty((B, H, 2, T), dtype=torch.float32)
     problem = _Problem(qkv, scale, dropout_p, seed, window, document_ids)
-    call("fastgpt_attention", problem.description, out, lse)
-    return out, lse
+    call("fastgpt_attention", problem.description, out, statistics)
+    return out, statistics
 
 
 @_attention.register_fake
@@ -57,13 +57,13 @@ def _(
     qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, window: int | None, document_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     B, T, _, H, D = qkv.shape
-    return qkv.new_empty((B, T, H, D)), qkv.new_empty((B, H, T), dtype=torch.float32)
+    return qkv.new_empty((B, T, H, D)), qkv.new_empty((B, H, 2, T), dtype=torch.float32)
 
 
 @torch.library.custom_op("fastgpt::native_attention_backward", mutates_args=())
 def _attention_backward(
     qkv: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     dout: Tensor,
     scale: float,
     dropout_p: float,
@@ -71,18 +71,18 @@ def _attention_backward(
     window: int | None,
     document_ids: Tensor | None,
 ) -> Tensor:
-    """The gradient of qkv, which lies in memory as qkv does; lse and dout are contiguous."""
+    """The gradient of qkv, which lies in memory as qkv does; statistics and dout are contiguous."""
     dqkv = torch.empty_like(qkv)
     strides = (ctypes.c_int64 * 5)(*dqkv.stride())
     problem = _Problem(qkv, scale, dropout_p, seed, window, document_ids)
-    call("fastgpt_attention_backward", problem.description, lse, dout, dqkv, strides)
+    call("fastgpt_attention_backward", problem.description, statistics, dout, dqkv, strides)
     return dqkv
 
 
 @_attention_backward.register_fake
 def _(
     qkv: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     dout: Tensor,
     scale: float,
     dropout_p: float,
@@ -104,9 +104,9 @@ def _setup_context(
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, lse, seed, document_ids = ctx.saved_tensors
+    qkv, statistics, seed, document_ids = ctx.saved_tensors
     dqkv: Tensor = _attention_backward(
-        qkv, lse, dout.contiguous(), ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids
+        qkv, statistics, dout.contiguous(), ctx.scale, ctx.dropout_p, seed, ctx.window, document_ids
     )
     return dqkv, None, None, None, None, None
 

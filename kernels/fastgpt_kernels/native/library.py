@@ -23,7 +23,7 @@ from fastgpt_kernels.errors import UnsupportedInput
 SOURCES = Path(__file__).with_name("src")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"),
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-strict-aliasing", "-Wall", "-Wextra"),
     "-ffp-contract=off",  # a product is fused with a sum only where the code says so
     "-Wno-maybe-uninitialized",  # GCC's own headers leave registers undefined on purpose
     *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
@@ -59,13 +59,15 @@ def library() -> ctypes.CDLL:
     Raises:
         UnsupportedInput: it cannot run here, be compiled or be loaded.
     """
-    if reasons := reasons_against():
-        raise UnsupportedInput("The backend 'native' cannot run here", reasons, REMEDY)
     try:
-        return ctypes.CDLL(str(_compiled(_folder())))
+        reasons = reasons_against()
+        loaded = None if reasons else ctypes.CDLL(str(_compiled(_folder())))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as problem:
-        told = problem.stderr.strip() if isinstance(problem, subprocess.CalledProcessError) else str(problem)
+        told = problem.stderr if isinstance(problem, subprocess.CalledProcessError) else str(problem)
         raise UnsupportedInput("The backend 'native' cannot run here", [" ".join(told.split())], REMEDY) from problem
+    if loaded is None:
+        raise UnsupportedInput("The backend 'native' cannot run here", reasons, REMEDY)
+    return loaded
 
 
 def _folder() -> Path:
@@ -79,21 +81,46 @@ def _folder() -> Path:
 
 
 def _compiled(folder: Path) -> Path:
-    """The library in a folder, compiled if it is not there; of several processes one compiles and the others wait."""
+    """The library in a folder, compiled if it is not there whole; of several processes one compiles, the others wait.
+
+    Raises:
+        OSError: the folder cannot be used, or is not the user's alone to write.
+        subprocess.CalledProcessError: it does not compile.
+    """
     compiler = _compiler()
     assert compiler is not None
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    files = sorted(SOURCES.iterdir())
-    said = "\0".join([version, *FLAGS, *(f"{file.name}\0{file.read_text()}" for file in files)])
-    target = folder / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run: it is nobody else's to write
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            _compile(compiler, [file for file in files if file.suffix == ".cpp"], target)
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    said = [_run(compiler, "--version").encode(), *(flag.encode() for flag in FLAGS)]
+    said += [part for file in files for part in (file.name.encode(), file.read_bytes())]
+    target = folder / f"{_digest(bytes(1).join(said))}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:  # what lies there is run
+        raise OSError(f"{folder} is not yours alone to write: chmod 700, or another XDG_CACHE_HOME")
+    if not _is_whole(target):
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in folder.glob("tmp*"):  # by a compilation that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if not _is_whole(target):
+                _compile(compiler, [file for file in files if file.suffix == ".cpp"], target)
     return target
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether a library is what was compiled: loading a damaged one would end the process."""
+    try:
+        return _seal(target).read_text() == _digest(target.read_bytes())
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _seal(target: Path) -> Path:
+    return target.with_suffix(".sha256")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _compile(compiler: str, files: list[Path], target: Path) -> None:
@@ -105,15 +132,25 @@ def _compile(compiler: str, files: list[Path], target: Path) -> None:
             )
             for file, made in zip(files, objects, strict=True)
         ]
-        for compilation in compilations:
-            told = compilation.communicate()[1].decode(errors="replace")
+        told = [compilation.communicate()[1].decode(errors="replace") for compilation in compilations]
+        for compilation, words in zip(compilations, told, strict=True):
             if compilation.returncode:
-                raise subprocess.CalledProcessError(compilation.returncode, compilation.args, stderr=told)
-        made = Path(scratch) / target.name
+                raise subprocess.CalledProcessError(compilation.returncode, compilation.args, stderr=words)
+        made, seal = Path(scratch) / target.name, Path(scratch) / "seal"
         # without -fopenmp, which would bring a second OpenMP with threads of its own beside PyTorch's
-        linking = [compiler, "-shared", *map(str, objects), "-o", str(made)]
-        subprocess.run(linking, check=True, capture_output=True, text=True)
+        _run(compiler, "-shared", *map(str, objects), "-o", str(made))
+        seal.write_text(_digest(made.read_bytes()))
         made.replace(target)
+        seal.replace(_seal(target))
+
+
+def _run(*command: str) -> str:
+    """What a program prints.
+
+    Raises:
+        subprocess.CalledProcessError: it fails.
+    """
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
 
 
 @functools.cache

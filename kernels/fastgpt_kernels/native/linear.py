@@ -15,6 +15,7 @@ from fastgpt_kernels.native.calls import call, takes
 from fastgpt_kernels.native.library import has_matrix_units
 from fastgpt_kernels.torch_ops.gelu import in_autocast_dtype
 
+MATRIX_UNITS = has_matrix_units()  # asked now: a compiler would trace into the question
 FEWEST_ROWS = 16  # below, PyTorch's products are faster, which do not pack the weight for so little
 WRITE = 0  # what to do with a bfloat16 result, as `Output` in product.cpp
 
@@ -22,7 +23,7 @@ WRITE = 0  # what to do with a bfloat16 result, as `Output` in product.cpp
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of x (..., K) with a weight (N, K) is better ours than PyTorch's."""
     rows = x.numel() // max(1, x.shape[-1])
-    return takes(x, weight) and weight.numel() > 0 and rows >= FEWEST_ROWS and not has_matrix_units()
+    return takes(x, weight) and weight.numel() > 0 and rows >= FEWEST_ROWS and not MATRIX_UNITS
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 // Causal attention over a packed projection in bfloat16, forward and backward. One thread works on one head at a time.
 //
-//     s_ij = scale q_i . k_j     p_ij = 2^(s_ij log2(e) - lse_i)     lse_i = log2 sum_j e^{s_ij}
+//     s_ij = scale q_i . k_j     p_ij = 2^(s_ij log2(e) - m_i) / l_i     l_i = sum_j 2^(s_ij log2(e) - m_i)
 //     o_i  = sum_j z_ij p_ij v_j                                    z_ij = 1 / (1 - r) where kept, else 0
 //     ds_ij = p_ij (z_ij do_i . v_j - delta_i)                      delta_i = sum_j p_ij z_ij do_i . v_j
 //     dv_j = sum_i z_ij p_ij do_i     dq_i = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i
@@ -10,6 +10,9 @@
 // weights, and all sums are float32; the weights and ds are rounded to bfloat16 for their products, as q, k, v and do
 // are already. Tiles that nobody sees are not visited. Positions beyond T are zeros: such keys lie in every query's
 // future, and such queries have a gradient of zeros.
+//
+// The backward has m, the largest exponent, and l, the sum: their logarithm together would have to hold both, and the
+// product s log2(e) enters its difference with m unrounded, so that scores in the thousands lose nothing.
 //
 // Source: Dao, "FlashAttention-2" (2023), sections 3.1 and 3.2.
 
@@ -232,16 +235,16 @@ class Forward {
         out_ = memory_.take<float>(QUERIES * x.D);
     }
 
-    void run(Head head, uint16_t* out, float* lse) {
+    void run(Head head, uint16_t* out, float* statistics) {
         x.start(head);
         x.rows(1, 0, x.T, keys_);
         x.rows(2, 0, x.T, rows_);
         x.pairs(rows_, x.T, values_);
-        for (int64_t first = 0; first < x.a.T; first += QUERIES) block(first, out, lse);
+        for (int64_t first = 0; first < x.a.T; first += QUERIES) block(first, out, statistics);
     }
 
   private:
-    void block(int64_t first, uint16_t* out, float* lse) {
+    void block(int64_t first, uint16_t* out, float* statistics) {
         const Attention& a = x.a;
         x.rows(0, first, QUERIES, rows_);
         x.transposed(rows_, queries_);
@@ -270,7 +273,8 @@ class Forward {
             int64_t t = first + q;
             write_rows(out_ + q * x.D, 0, 1, a.D, a.mask.keep / sums_[q],
                        out + ((x.head.b * a.T + t) * a.H + x.head.h) * a.D, 0, 1);
-            lse[(x.head.b * a.H + x.head.h) * a.T + t] = maxima_[q] + log2f(sums_[q]);
+            statistics[(2 * (x.head.b * a.H + x.head.h)) * a.T + t] = maxima_[q];
+            statistics[(2 * (x.head.b * a.H + x.head.h) + 1) * a.T + t] = sums_[q];
         }
     }
 
@@ -278,29 +282,26 @@ class Forward {
     void soften(Tile tile, int64_t q) {
         int64_t query = tile.first + q, key = tile.key, count = tile.seen(q);
         float* scores = scores_ + q;
-        Vec factor = broadcast(x.a.scale * LOG2_E), before = _mm512_load_ps(maxima_ + q), maximum = before;
-        if (x.hides(key, count, query)) {
-            for (int64_t j = 0; j < count; j++) {
-                Vec s = _mm512_mask_mul_ps(broadcast(-INFINITY), x.seeing(key + j, query),
-                                           _mm512_load_ps(scores + j * QUERIES), factor);
+        Vec factor = broadcast(x.a.scale * LOG2_E), before = _mm512_load_ps(maxima_ + q);
+        Vec largest = broadcast(-INFINITY);
+        bool hides = x.hides(key, count, query);
+        for (int64_t j = 0; j < count; j++) {
+            Vec s = _mm512_load_ps(scores + j * QUERIES);
+            if (hides) {
+                s = _mm512_mask_mov_ps(broadcast(-INFINITY), x.seeing(key + j, query), s);
                 _mm512_store_ps(scores + j * QUERIES, s);
-                maximum = _mm512_max_ps(maximum, s);
             }
-        } else {
-            for (int64_t j = 0; j < count; j++) {
-                Vec s = _mm512_mul_ps(_mm512_load_ps(scores + j * QUERIES), factor);
-                _mm512_store_ps(scores + j * QUERIES, s);
-                maximum = _mm512_max_ps(maximum, s);
-            }
+            largest = _mm512_max_ps(largest, s);
         }
+        Vec maximum = _mm512_max_ps(before, _mm512_mul_ps(largest, factor));
         // queries that have seen no key yet: 2^(-inf - 0) is 0
         Vec origin = _mm512_mask_mov_ps(maximum, _mm512_cmp_ps_mask(maximum, broadcast(-INFINITY), _CMP_EQ_OQ),
                                         _mm512_setzero_ps());
         Vec shrinking = exp2(_mm512_sub_ps(before, origin)), sum = _mm512_setzero_ps();
         Keeping keeping(x, query);
         for (int64_t j = 0; j < count; j += 2) {
-            Vec even = exp2(_mm512_sub_ps(_mm512_load_ps(scores + j * QUERIES), origin));
-            Vec odd = exp2(_mm512_sub_ps(_mm512_load_ps(scores + (j + 1) * QUERIES), origin));
+            Vec even = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + j * QUERIES), factor, origin));
+            Vec odd = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + (j + 1) * QUERIES), factor, origin));
             sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
             even = _mm512_maskz_mov_ps(keeping.next(key + j), even);
             odd = _mm512_maskz_mov_ps(keeping.next(key + j + 1), odd);
@@ -344,7 +345,7 @@ class Backward {
     }
 
     // dqkv has strides of its own.
-    void run(Head head, const float* lse, const uint16_t* dout, uint16_t* dqkv, const int64_t* strides) {
+    void run(Head head, const float* statistics, const uint16_t* dout, uint16_t* dqkv, const int64_t* strides) {
         const Attention& a = x.a;
         x.start(head);
         x.rows(1, 0, x.T, keys_);
@@ -354,7 +355,7 @@ class Backward {
         memset(dvalues_, 0, x.T * x.D * 4);
         uint16_t* at = dqkv + head.b * strides[0] + head.h * strides[3];
         for (int64_t first = 0; first < a.T; first += QUERIES) {
-            block(first, lse, dout);
+            block(first, statistics, dout);
             int64_t count = a.T - first < QUERIES ? a.T - first : QUERIES;
             write_rows(dqueries_, x.D, count, a.D, a.scale, at + first * strides[1], strides[1], strides[4]);
         }
@@ -363,12 +364,15 @@ class Backward {
     }
 
   private:
-    void block(int64_t first, const float* lse, const uint16_t* dout) {
+    void block(int64_t first, const float* statistics, const uint16_t* dout) {
         const Attention& a = x.a;
         x.rows(dout, first, QUERIES, rows_);
         for (int64_t q = 0; q < QUERIES; q++) {
+            bool there = first + q < a.T;
+            const float* of_head = statistics + 2 * (x.head.b * a.H + x.head.h) * a.T;
             delta_[q] = 0;
-            lse_[q] = first + q < a.T ? lse[(x.head.b * a.H + x.head.h) * a.T + first + q] : 0;
+            maxima_[q] = there ? of_head[first + q] : 0;
+            inverses_[q] = there ? 1 / of_head[a.T + first + q] : 0;
         }
         x.pairs(rows_, QUERIES, dout_pairs_);
         x.transposed(rows_, douts_);
@@ -405,11 +409,12 @@ class Backward {
         int64_t query = tile.first + q, key = tile.key, count = tile.seen(q);
         bool hides = x.hides(key, count, query);
         Vec factor = broadcast(x.a.scale * LOG2_E), keep = broadcast(x.a.mask.keep);
-        Vec lse = _mm512_load_ps(lse_ + q), delta = _mm512_load_ps(delta_ + q);
+        Vec maximum = _mm512_load_ps(maxima_ + q), inverse = _mm512_load_ps(inverses_ + q);
+        Vec delta = _mm512_load_ps(delta_ + q);
         Keeping keeping(x, query);
         for (int64_t j = 0; j < count; j++, scores += QUERIES, dweights += QUERIES) {
-            // rounded as in the forward, whose sums lse has: the weight of an only key is 1
-            Vec p = exp2(_mm512_sub_ps(_mm512_mul_ps(_mm512_load_ps(scores), factor), lse));
+            Vec p = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores), factor, maximum));
+            p = _mm512_mul_ps(p, inverse);
             if (hides) p = _mm512_maskz_mov_ps(x.seeing(key + j, query), p);
             __mmask16 kept = keeping.next(key + j);
             Vec dp = _mm512_maskz_mul_ps(kept, _mm512_load_ps(dweights), keep);
@@ -443,29 +448,29 @@ class Backward {
     uint16_t *keys_, *values_, *rows_, *weights_, *slopes_;
     uint32_t *key_pairs_, *queries_, *query_pairs_, *douts_, *dout_pairs_, *slope_pairs_;
     float *dkeys_, *dvalues_, *dqueries_, *scores_, *dweights_;
-    alignas(64) float lse_[QUERIES], delta_[QUERIES];
+    alignas(64) float maxima_[QUERIES], inverses_[QUERIES], delta_[QUERIES];
 };
 
 }  // namespace
 
 extern "C" {
 
-void fastgpt_attention(const Attention* a, uint16_t* out, float* lse, int threads) {
+void fastgpt_attention(const Attention* a, uint16_t* out, float* statistics, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Forward forward(*a);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a->B * a->H; i++) forward.run({i / a->H, i % a->H}, out, lse);
+        for (int64_t i = 0; i < a->B * a->H; i++) forward.run({i / a->H, i % a->H}, out, statistics);
     }
 }
 
-void fastgpt_attention_backward(const Attention* a, const float* lse, const uint16_t* dout, uint16_t* dqkv,
+void fastgpt_attention_backward(const Attention* a, const float* statistics, const uint16_t* dout, uint16_t* dqkv,
                                 const int64_t* strides, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Backward backward(*a);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a->B * a->H; i++) backward.run({i / a->H, i % a->H}, lse, dout, dqkv, strides);
+        for (int64_t i = 0; i < a->B * a->H; i++) backward.run({i / a->H, i % a->H}, statistics, dout, dqkv, strides);
     }
 }
 }
