@@ -128,7 +128,7 @@ def session_of(session: results.Record) -> str:
     """The roofs of a part, where it has some, the machine's load, and the threads."""
     words = []
     if "gemm" in session:
-        peak = f", data-sheet peak {session['peak'] / 1e12:.4g} TFLOP/s" if session.get("peak") else ""
+        peak = f", peak {session['peak'] / 1e12:.4g} TFLOP/s" if session.get("peak") else ""
         words.append(f"GEMM roof {session['gemm'] / 1e12:.3g} TFLOP/s ({session['dtype']}){peak}")
         words.append(f"copy roof {session['copy'] / 1e9:.4g} GB/s")
     words.append(f"load {' '.join(map(str, session['load']))}")
