@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.attention_options import OPTIONS, SEED, P
+
 if reasons_against():
     pytest.skip("; ".join(reasons_against()), allow_module_level=True)
 
@@ -24,22 +26,8 @@ BF16 = torch.bfloat16
 LENGTHS = [1, 2, 17, 63, 64, 65, 96, 97, 129, 300]
 HEAD_SIZES = [1, 7, 16, 20, 40, 64, 80, 96, 128, 256]
 COLUMNS = [1, 3, 4, 15, 16, 17, 33, 768, 1023, 1600, 12288]
-P, SEED = 0.25, 2**62 + 12345
 
 
-def ids_of(B: int, T: int) -> Tensor:
-    """Documents that come back after others, differently in each sequence."""
-    return (torch.arange(T)[None] // 19 + torch.arange(B)[:, None]) % 3
-
-
-OPTIONS: dict[str, Any] = {
-    "plain": lambda B, T: {},
-    "scale": lambda B, T: {"scale": 0.3},
-    "window": lambda B, T: {"window": 21},
-    "documents": lambda B, T: {"document_ids": ids_of(B, T)},
-    "dropout": lambda B, T: {"dropout_p": P, "seed": SEED},
-    "all": lambda B, T: {"window": 50, "document_ids": ids_of(B, T), "dropout_p": P, "seed": SEED},
-}
 VIEWS: dict[str, Any] = {
     "time first": lambda: torch.randn(70, 2, 3, 2, 24).transpose(0, 1),
     "heads before positions": lambda: torch.randn(3, 2, 2, 70, 24).permute(1, 3, 0, 2, 4),

@@ -13,27 +13,13 @@ from fastgpt_kernels.torch_ops import attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.attention_options import OPTIONS, SEED, P
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [1, 2, 17, 127, 128, 129, 300]
 HEAD_SIZES = [16, 40, 64, 80, 96, 128, 256]
 COLUMNS = [1, 7, 768, 1023, 1600, 12288]
-P, SEED = 0.25, 2**62 + 12345
 TORCH, REFERENCE = load_ops("torch"), load_ops("reference")
-
-
-def ids_of(B, T):
-    """Documents that come back after others, differently in each sequence."""
-    return (torch.arange(T)[None] // 19 + torch.arange(B)[:, None]) % 3
-
-
-OPTIONS = {
-    "plain": lambda B, T: {},
-    "scale": lambda B, T: {"scale": 0.3},
-    "window": lambda B, T: {"window": 21},
-    "documents": lambda B, T: {"document_ids": ids_of(B, T)},
-    "dropout": lambda B, T: {"dropout_p": P, "seed": SEED},
-    "all": lambda B, T: {"window": 50, "document_ids": ids_of(B, T), "dropout_p": P, "seed": SEED},
-}
 
 
 def assert_attention_is_close(qkv, **options):

@@ -17,7 +17,6 @@ from fastgpt_kernels.torch_ops.gelu import in_autocast_dtype
 
 MATRIX_UNITS = has_matrix_units()  # asked now: a compiler would trace into the question
 FEWEST_ROWS = 16  # below, PyTorch's products are faster, which do not pack the weight for so little
-WRITE = 0  # what to do with a bfloat16 result, as `Output` in product.cpp
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
@@ -30,7 +29,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (M, K) b (K, N) + bias (N,), each of a and b dense in rows or in columns."""
     (M, K), N = a.shape, b.shape[1]
     out = a.new_empty((M, N))
-    call("fastgpt_product", *_operand(a), *_operand(b), out, N, WRITE, bias, M, N, K)
+    call("fastgpt_product", *_operand(a), *_operand(b), out, N, bias, M, N, K)
     return out
 
 

@@ -15,11 +15,11 @@ constexpr float TWICE_ROOT = 1.59576912160573f, CUBIC = 0.044715f;  // 2 sqrt(2 
 constexpr float SATURATED = 30.0f;                                  // beyond it s is 0 or 1, and a cube could overflow
 constexpr int64_t BLOCK = 4096;                                     // elements that a thread takes at a time
 
-struct Part {
+struct Sigmoid {
     Vec x, s;
 };
 
-inline Part sigmoid(Vec number) {
+inline Sigmoid sigmoid(Vec number) {
     Vec x = clamped(number, SATURATED), square = _mm512_mul_ps(x, x);
     Vec twice_u =
         _mm512_mul_ps(_mm512_mul_ps(x, broadcast(TWICE_ROOT)), _mm512_fmadd_ps(square, broadcast(CUBIC), broadcast(1)));

@@ -23,7 +23,7 @@
 //     pass by them. (A group shared by several threads is larger; each uses so many at a time.)
 //   - Each thread packs its own rows of A, at most 1024, a batch at a time, just before they pass
 //     the first group; for the other groups they are read packed, from L3 or memory.
-//   - Where k is cut, partial sums are kept in float: in C itself if that is float, otherwise in
+//   - Where k is cut, partial sums are kept in float, in
 //     a work space, and rounded to bfloat16 once, after the last block.
 //
 // Prefetching. All this moves few bytes for the time it takes, but memory is slow to answer, and
@@ -48,14 +48,14 @@
 
 #include "vectors.h"
 
-using fastgpt::widened;
+using namespace fastgpt;
 
 namespace {
 
 enum Output {
-    kBf16Write = 0,  // C is bfloat16 and is overwritten, each sum rounded once, to nearest even
-    kFp32Write = 1,  // C is float and is overwritten
-    kFp32Add = 2,    // C is float and the product is added to it
+    kFinal,  // C, in bfloat16, each sum rounded once, to nearest even
+    kFirst,  // the first of several partial sums, in float
+    kMore,   // another, which is added
 };
 
 constexpr int64_t kTileRows = 8;
@@ -76,16 +76,14 @@ constexpr double kWorkPerThread = 1e6;      // multiplications worth waking one 
 int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 int64_t max(int64_t x, int64_t y) { return x > y ? x : y; }
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
 
 // The size of the equal blocks, each at most `most` and a multiple of `unit`, that cover `total`.
 int64_t block_size(int64_t total, int64_t most, int64_t unit) {
-    return round_up(ceil_div(total, ceil_div(total, most)), unit);
+    return rounded_up(ceil_div(total, ceil_div(total, most)), unit);
 }
 
 // The mask of the first `count` lanes, for a count of any size.
 __mmask32 mask32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
-__mmask16 mask16(int64_t count) { return (__mmask16)mask32(count); }
 
 // Walks over the cache lines of a rectangle of memory, to prefetch them one by one.
 class Walk {
@@ -233,7 +231,7 @@ void pack_rows(const Operand& x, int64_t first, int64_t k0, int64_t depth, uint3
         const int64_t k_end = min(k_begin + kRows, depth);
         for (int64_t strip = begin; strip < end; strip++) {
             const int64_t vector = first + strip * kStrip;
-            const __mmask16 mask = mask16(x.count - vector);
+            const __mmask16 mask = first_lanes(x.count - vector);
             for (int64_t k = k_begin; k < k_end; k += 2) {
                 const uint16_t* from = x.at(vector, k0 + k);
                 _mm_prefetch((const char*)(from + kRows * x.stride), _MM_HINT_T0);
@@ -260,7 +258,7 @@ template <int64_t kWidth>
 void pack(const Operand& x, int64_t first, int64_t count, int64_t k0, int64_t depth, uint32_t* packed, int64_t begin,
           int64_t end) {
     if (begin >= end) return;
-    if (end == count) end = round_up(count, kWidth);
+    if (end == count) end = rounded_up(count, kWidth);
     begin /= kStrip, end = ceil_div(end, kStrip);
     if (!x.k_contiguous) return pack_rows<kWidth>(x, first, k0, depth, packed, begin, end);
     for (int64_t strip = begin; strip < end; strip++)
@@ -271,7 +269,7 @@ void pack(const Operand& x, int64_t first, int64_t count, int64_t k0, int64_t de
 struct Result {
     void* c;  // the tile in C
     int64_t stride;
-    int output;            // an Output
+    Output output;
     const float* partial;  // sums over earlier blocks to be added, or null
     int64_t partial_stride;
     const uint16_t* bias;  // or null
@@ -285,7 +283,7 @@ inline void finish(const Result& r, int64_t i, int64_t j, __mmask16 mask, __m512
         sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, partial));
     }
     if (r.bias) sum = _mm512_add_ps(sum, widened(_mm256_maskz_loadu_epi16(mask, r.bias + j)));
-    if (r.output == kBf16Write) {
+    if (r.output == kFinal) {
         uint16_t* c = (uint16_t*)r.c + i * r.stride + j;
         const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sum);
         if (full)
@@ -294,7 +292,7 @@ inline void finish(const Result& r, int64_t i, int64_t j, __mmask16 mask, __m512
             _mm256_mask_storeu_epi16(c, mask, rounded);
     } else {
         float* c = (float*)r.c + i * r.stride + j;
-        if (r.output == kFp32Add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, c));
+        if (r.output == kMore) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, c));
         if (full)
             _mm512_storeu_ps(c, sum);
         else
@@ -305,7 +303,7 @@ inline void finish(const Result& r, int64_t i, int64_t j, __mmask16 mask, __m512
 // Computes one tile over one block of k; `rows` x `columns` of it exist.
 void multiply_tile(int64_t pairs, const uint32_t* a, const uint32_t* b, const Result& r, int64_t rows, int64_t columns,
                    Prefetch& prefetch) {
-    const int64_t size = r.output == kBf16Write ? 2 : 4;
+    const int64_t size = r.output == kFinal ? 2 : 4;
     prefetch.tile = Walk(r.c, r.stride * size, rows, columns * size);
     prefetch.partial = Walk(r.partial, r.partial_stride * 4, r.partial ? rows : 0, columns * 4);
 
@@ -341,7 +339,7 @@ void multiply_tile(int64_t pairs, const uint32_t* a, const uint32_t* b, const Re
         for (int i = 0; i < kTileRows; i++)
 #pragma GCC unroll 3
             for (int j = 0; j < kTileVectors; j++)
-                if (i < rows && 16 * j < columns) finish(r, i, 16 * j, mask16(columns - 16 * j), sum[i][j]);
+                if (i < rows && 16 * j < columns) finish(r, i, 16 * j, first_lanes(columns - 16 * j), sum[i][j]);
     }
 }
 
@@ -379,9 +377,8 @@ struct Range {
 
 struct Gemm {
     Operand a, b;
-    void* c;
+    uint16_t* c;
     int64_t c_stride;
-    int output;
     const uint16_t* bias;
     int64_t m, n, k;
 
@@ -393,10 +390,10 @@ struct Gemm {
     int64_t batch_rows;                 // rows of A packed at a time
     int64_t a_share;                    // elements of packed A of one thread
     uint32_t *packed_a, *packed_b;
-    float* partial;  // block_m x block_n sums; only for bfloat16 results with k cut
+    float* partial;  // block_m x block_n sums; only with k cut
 
-    Gemm(const Operand& a, const Operand& b, void* c, int64_t c_stride, int output, const uint16_t* bias, int64_t k)
-        : a(a), b(b), c(c), c_stride(c_stride), output(output), bias(bias), m(a.count), n(b.count), k(k) {}
+    Gemm(const Operand& a, const Operand& b, uint16_t* c, int64_t c_stride, const uint16_t* bias, int64_t k)
+        : a(a), b(b), c(c), c_stride(c_stride), bias(bias), m(a.count), n(b.count), k(k) {}
 
     void plan(int64_t team, Workspace& workspace) {
         threads = team;
@@ -408,12 +405,12 @@ struct Gemm {
         share_b = threads > kMaxUnshared;
         panels = max(2, min(kMostPanels, kGroupBytes / (kTileColumns * block_k * 2)));
         group_n = block_size(block_n, (share_b ? 4 : 1) * panels * across * kTileColumns, kTileColumns);
-        batch_rows = round_up(kBatchBytes / (block_k * 2), kStrip);
-        a_share = round_up(ceil_div(block_m / kTileRows, down) * kTileRows, kStrip) * block_k;
+        batch_rows = rounded_up(kBatchBytes / (block_k * 2), kStrip);
+        a_share = rounded_up(ceil_div(block_m / kTileRows, down) * kTileRows, kStrip) * block_k;
 
         const size_t a_size = a_share * down * across * 2;
         const size_t b_size = group_n * block_k * 2 * (share_b ? 1 : threads);
-        const bool cut = output == kBf16Write && block_k < k;
+        const bool cut = block_k < k;
         char* data = workspace.reserve(a_size + b_size + (cut ? block_m * block_n * 4 : 0));
         packed_a = (uint32_t*)data;
         packed_b = (uint32_t*)(data + a_size);
@@ -438,11 +435,9 @@ struct Gemm {
     Result result(int64_t i0, int64_t j0, int64_t i, int64_t j, int64_t k0) const {
         const bool first = k0 == 0, last = k0 + block_k >= k;
         const uint16_t* tile_bias = last && bias ? bias + j : nullptr;
-        const int64_t at = i * c_stride + j;
-        if (output != kBf16Write) return {(float*)c + at, c_stride, first ? output : kFp32Add, nullptr, 0, tile_bias};
         float* sums = partial + (i - i0) * block_n + (j - j0);
-        if (!last) return {sums, block_n, first ? kFp32Write : kFp32Add, nullptr, 0, nullptr};
-        return {(uint16_t*)c + at, c_stride, kBf16Write, first ? nullptr : sums, block_n, tile_bias};
+        if (!last) return {sums, block_n, first ? kFirst : kMore, nullptr, 0, nullptr};
+        return {c + i * c_stride + j, c_stride, kFinal, first ? nullptr : sums, block_n, tile_bias};
     }
 };
 
@@ -562,11 +557,11 @@ class Worker {
 // be null. The result has the same bits whatever the number of threads. Callers in several threads each have a work
 // space of their own, kept for the next call and freed when the thread ends.
 extern "C" void fastgpt_product(const uint16_t* a, int64_t a_stride, int64_t a_transposed, const uint16_t* b,
-                                int64_t b_stride, int64_t b_transposed, void* c, int64_t c_stride, int64_t output,
+                                int64_t b_stride, int64_t b_transposed, uint16_t* c, int64_t c_stride,
                                 const uint16_t* bias, int64_t m, int64_t n, int64_t k, int threads) {
     static thread_local Workspace callers_workspace;
     Workspace& workspace = callers_workspace;  // named inside the team, it would be each thread's own
-    Gemm gemm({a, a_stride, !a_transposed, m}, {b, b_stride, b_transposed != 0, n}, c, c_stride, (int)output, bias, k);
+    Gemm gemm({a, a_stride, !a_transposed, m}, {b, b_stride, b_transposed != 0, n}, c, c_stride, bias, k);
     const double work = (double)m * n * k;
     const int64_t team = min(threads, max(1, (int64_t)(work / kWorkPerThread)));
     gemm.plan(team, workspace);
